@@ -1,0 +1,1 @@
+"""Timed runs of workloads: trials, the runner, optimizers by name."""

@@ -1,0 +1,278 @@
+"""The cockpit: wrapped round a training loop, it reads the panel, keeps the clock and writes the log.
+
+    cockpit = Cockpit(model, optimizer, loss=nn.CrossEntropyLoss(), logdir="runs/first")
+    for x, y in loader:
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        cockpit.observe((x, y), loss)          # after backward, before the optimizer's step
+        optimizer.step()
+        optimizer.zero_grad()
+    cockpit.close()
+
+Three promises: observation never changes training; an instrument never stops training; no number without its doubt.
+"""
+
+import atexit
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from cockpit_bench.cadence import Budget
+from cockpit_bench.clock import Clock
+from cockpit_bench.ending import Ending
+from cockpit_bench.observer import Observer
+from cockpit_bench.panels import assemble
+from cockpit_bench.readout import Readout
+from cockpit_bench.recorder import Recorder
+from cockpit_bench.runlog import Metrics, Outcome, Reading, Record
+from cockpit_bench.runlog.reading import Ending as Status
+from cockpit_bench.sinks import Sink
+from instruments import catalogue
+from instruments.held import HeldBatches
+from instruments.instrument import Instrument
+from instruments.layout import Layout
+from instruments.objective import Batch, Losses, as_objective
+from instruments.probe import ProbeSettings
+from instruments.running import unwrapped
+from workloads.target import Target
+
+
+class Cockpit:
+    """See the module for the loop, and docs/architecture.md for the whole contract.
+
+    `loss` is an nn loss module on (inputs, targets) or a function losses(call, batch) -> losses_N, where call is the
+    model's forward. `logdir=None` keeps everything in memory. `panel` and `instruments` say what is read and when,
+    `probe` which batches curvature is read on, `budget` which share of the training time may be spent. `steps` is the
+    planned length of the run: it spreads the readings and gives the ETA. `interactive=True` draws the one updating
+    status line even where the output is not a terminal. `strict=True` raises what would be logged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer | Sequence[optim.Optimizer],
+        *,
+        loss: nn.Module | Losses,
+        logdir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        panel: str | Mapping[str, Any] | None = "standard",
+        instruments: Mapping[str, Any] | None = None,
+        probe: Iterable[Batch] | None = None,
+        budget: float | None = 0.05,
+        target: Target | None = None,
+        steps: int | None = None,
+        accumulate: int = 1,
+        scaler: Any = None,
+        sinks: Sequence[Sink | Callable[..., None]] | None = None,
+        interactive: bool = False,
+        strict: bool = False,
+        settings: ProbeSettings | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.enabled = enabled and os.environ.get("COCKPIT", "").lower() not in ("off", "0", "false")
+        if not self.enabled:
+            return
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(
+                f"expected accumulate (micro-batches of a step) to be a whole number >= 1, got {accumulate!r}"
+            )
+        objective, optimizers = as_objective(loss), _as_optimizers(optimizer)
+        device = Layout.of(unwrapped(model)).device
+        self.clock = Clock(sync=torch.cuda.synchronize if device.type == "cuda" else None)
+        slots, purse, held = assemble(panel, instruments, steps), Budget(budget), HeldBatches(probe)
+        self._recorder = Recorder(self.clock, logdir, resume, sinks, target, steps, interactive=interactive)
+        self._readout = Readout(slots, purse, self.clock, self._recorder.write, strict=strict)
+        self._observer = Observer(
+            model, objective, optimizers, clock=self.clock, readout=self._readout, recorder=self._recorder, held=held,
+            settings=settings or ProbeSettings(), scaler=scaler, accumulate=accumulate, strict=strict,
+        )  # fmt: skip
+        self._ending = Ending(target)
+        self._closed = False
+        atexit.register(self._at_exit)
+
+    # What the user's loop calls.
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._observer.loop.step if self.enabled else 0
+
+    def observe(self, batch: Batch, loss: Tensor | float | None = None) -> None:
+        """Look at the step about to be taken: after backward, before the optimizer's step.
+
+        `batch` is what the loss was computed on, `loss` the number that backward was called on (before a GradScaler's
+        scaling); with `accumulate=k` every k calls are one step and their losses add up.
+        """
+        if not self.enabled or self._closed:
+            return
+        with self.clock.bucket("observe"):
+            try:
+                self._observer.observe(batch, loss)
+            except Exception as error:
+                self._observer.trouble(error)
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The loader's batches; the time it takes to get each is billed to the data bucket."""
+        if not self.enabled:
+            yield from loader
+            return
+        iterator = iter(loader)
+        while True:
+            with self.clock.bucket("data"):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Callable[..., None]]:
+        """Off the training clock. Yields a function that logs the metrics it is given by name."""
+        if not self.enabled:
+            yield lambda **metrics: None
+            return
+        self._observer.settle()
+        with self.clock.bucket("evaluate"):
+            yield self._evaluated
+
+    def _evaluated(self, **metrics: float | Tensor) -> None:
+        values = _floats(metrics)
+        self._recorder.write(Metrics(self.step, self.clock.training, values, "evaluation"))
+        if self._ending.evaluated(values, self.step, self.clock.training):
+            self._observer.event("target_hit", target=str(self._ending.target))
+        self._recorder.progress(self.step)
+
+    def log(self, **values: float | Tensor) -> None:
+        """The user's own scalars, on the axis of the run."""
+        if self.enabled:
+            self._recorder.write(Metrics(self.step, self.clock.training, _floats(values), "user"))
+
+    def read(self, instrument: str | Instrument, batch: Batch | None = None) -> Reading:
+        """One reading now, whatever the cadence and the budget, on this batch or on the last one observed.
+
+        Between backward and the optimizer's step the gradient is the one that stands in `.grad`. An instrument of the
+        panel goes on from its memory. What cannot be read comes back with status and reason.
+        """
+        if not self.enabled:
+            return Reading(str(instrument), 0, 0.0, "skipped", reason="the cockpit is switched off")
+        label = instrument if isinstance(instrument, str) else type(instrument).__name__
+        known = {s.label: s.instrument for s in self._readout.stations}
+        found = known.get(label) or (catalogue.make(instrument) if isinstance(instrument, str) else instrument)
+        batches = self._observer.loop.last if batch is None else [batch]
+        with self.clock.bucket("observe"), self._observer.probe(batches, None) as probe:
+            return self._readout.take_now(label, found, probe)
+
+    @property
+    def last(self) -> Mapping[str, Mapping[str, Any]]:
+        """Values of each instrument's last reading that was ok: `cockpit.last["gradient/norm"]["norm"]`."""
+        return self._recorder.memory.latest if self.enabled else {}
+
+    @property
+    def records(self) -> list[Record]:
+        """The latest records of the run, oldest first (the log on disk has all)."""
+        return self._recorder.memory.records if self.enabled else []
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended, once it has."""
+        return self._ending.outcome if self.enabled else None
+
+    @property
+    def target_hit(self) -> bool:
+        """Whether an evaluation has reached the target."""
+        return self.enabled and self._ending.hit_step is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs so that the run goes on as if it had not stopped."""
+        if not self.enabled:
+            return {}
+        return {
+            "step": self.step,
+            "clock": self.clock.state_dict(),
+            "readout": self._readout.state_dict(),
+            "ending": self._ending.state_dict(),
+            "held": self._observer.held.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint; records of the resumed log from its step on no longer count."""
+        if not self.enabled or not state:
+            return
+        self._observer.loop.step = int(state["step"])
+        self.clock.load_state_dict(state["clock"])
+        self._readout.load_state_dict(state["readout"])
+        self._ending.load_state_dict(state["ending"])
+        self._observer.held.load_state_dict(state["held"])
+
+    def close(self, status: Status | None = None, reason: str = "") -> Outcome | None:
+        """End the run: the outcome is written, the summary printed, hooks and sinks are closed. Safe to call twice."""
+        if not self.enabled or self._closed:
+            return self.outcome
+        self._observer.close()
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        self._ending.last_loss = self._observer.last_loss
+        outcome = self._ending.close(self.clock, self.step, status, reason, skips=self._readout.skips)
+        self._recorder.close(outcome)
+        self.clock.stop()
+        return outcome
+
+    def write_text(self, name: str, text: str) -> None:
+        """Put a small text file into the run folder, if there is one."""
+        if self.enabled and self._recorder.folder is not None:
+            self._recorder.folder.write_text(name, text)
+
+    def save_checkpoint(self, name: str, **parts: Any) -> None:
+        """Save the parts (state dictionaries by name) and the cockpit's own state into the run's `checkpoints/`."""
+        if self.enabled and self._recorder.folder is not None:
+            torch.save({**parts, "cockpit": self.state_dict()}, self._recorder.folder.checkpoints / name)
+
+    def __enter__(self) -> "Cockpit":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(*_status_of(error))
+
+    def _at_exit(self) -> None:
+        """The interpreter ends and nobody closed the run: the log says how it ended."""
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        self.close(*(_status_of(error) if error is not None else (None, "")))
+
+
+def batches(*given: Batch) -> list[Batch]:
+    """The batches that curvature is read on: `Cockpit(..., probe=batches((x1, y1), (x2, y2)))`.
+
+    Each is used whole; several are one loss, weighted by what their losses average over (examples, tokens that count).
+    """
+    return list(given)
+
+
+def _status_of(error: BaseException | None) -> tuple[Status | None, str]:
+    if error is None:
+        return None, ""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "KeyboardInterrupt"
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return "out_of_memory" if out_of_memory else "error", f"{type(error).__name__}: {error}"
+
+
+def _as_optimizers(given: Any) -> tuple[Any, ...]:
+    optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+            raise ValueError(f"expected an optimizer (param_groups, step()) or several, got {optimizer!r}")
+    if not optimizers:
+        raise ValueError("expected at least one optimizer, got an empty sequence.")
+    return optimizers
+
+
+def _floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}

@@ -1,0 +1,68 @@
+"""How a run ends: the target, when it was hit, and the outcome."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from cockpit_bench.clock import Clock
+from cockpit_bench.runlog import Outcome
+from cockpit_bench.runlog.reading import Ending as Status
+from workloads.target import Target
+
+
+class Ending:
+    """Watches the evaluations against the target. The first hit counts; a NaN never hits."""
+
+    def __init__(self, target: Target | None) -> None:
+        self.target = target
+        self.hit_step: int | None = None
+        self.hit_seconds: float | None = None
+        self.best: float | None = None
+        self.outcome: Outcome | None = None
+        self.last_loss: Tensor | float | None = None  # read only when the run is closed
+
+    def evaluated(self, metrics: Mapping[str, float], step: int, seconds: float) -> bool:
+        """True when these metrics reach the target for the first time."""
+        if self.target is None or self.target.metric not in metrics:
+            return False
+        value = metrics[self.target.metric]
+        if not math.isnan(value) and (self.best is None or self.target.better(value, self.best)):
+            self.best = value
+        if self.hit_step is not None or not self.target.reached(value):
+            return False
+        self.hit_step, self.hit_seconds = step, seconds
+        return True
+
+    def close(self, clock: Clock, step: int, status: Status | None, reason: str, skips: Mapping[str, int]) -> Outcome:
+        """The outcome: what was said, else hit, diverged, miss, or done where no target was set."""
+        if status is None:
+            status, reason = self._judged(reason)
+        self.outcome = Outcome(
+            status=status,
+            step=step,
+            seconds=clock.training,
+            hit_step=self.hit_step,
+            hit_seconds=self.hit_seconds,
+            best=self.best,
+            reason=reason,
+            buckets={**clock.seconds, "other": clock.other},
+            wall=clock.wall,
+            tax=clock.tax,
+            skips=skips,
+        )
+        return self.outcome
+
+    def _judged(self, reason: str) -> tuple[Status, str]:
+        if self.hit_step is not None:
+            return "hit", reason
+        if self.last_loss is not None and not math.isfinite(float(self.last_loss)):
+            return "diverged", reason or f"the training loss is {float(self.last_loss)}"
+        return ("done" if self.target is None else "miss"), reason
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"hit_step": self.hit_step, "hit_seconds": self.hit_seconds, "best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.hit_step, self.hit_seconds, self.best = state["hit_step"], state["hit_seconds"], state["best"]

@@ -1,0 +1,60 @@
+"""Where the user's loop stands between two calls: the step being built up and what waits for it to be taken."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from instruments.objective import Batch
+
+
+@dataclass
+class LoopState:
+    """`step` counts optimizer steps taken. A step is observed once, then stepped once by each optimizer."""
+
+    step: int = 0
+    batches: list[Batch] = field(default_factory=list)
+    last: list[Batch] = field(default_factory=list)
+    loss: Tensor | float | None = None
+    observed: bool = False
+    stepping: bool = False
+    skipping: bool = False
+    compared: bool = False
+    stepped: set[int] = field(default_factory=set)
+    norm: Tensor | None = None
+    pending: tuple[Any, list[Any]] | None = None
+    _troubles: set[str] = field(default_factory=set)
+
+    def take(self, batch: Batch, loss: Tensor | float | None) -> None:
+        """Add a micro-batch to the step; the losses of its micro-batches add up, as their gradients do."""
+        if not self.batches:
+            self.loss = None
+        self.batches.append(batch)
+        self.last = self.batches
+        if loss is not None:
+            loss = loss.detach() if isinstance(loss, Tensor) else loss
+            self.loss = loss if self.loss is None else self.loss + loss
+
+    def next_step(self) -> None:
+        """The optimizer has stepped."""
+        self.step += 1
+        self.skipping = False
+        self._reset()
+
+    def abandon(self) -> None:
+        """The step observed was not taken (a GradScaler found infinities, the user skipped it): it does not count."""
+        self.skipping = True
+        if self.pending is not None:
+            self.pending[0].forget()
+        self._reset()
+
+    def new_trouble(self, error: Exception) -> bool:
+        """True the first time that this kind of error is met."""
+        kind = f"{type(error).__name__}: {error}"[:80]
+        fresh = kind not in self._troubles
+        self._troubles.add(kind)
+        return fresh
+
+    def _reset(self) -> None:
+        self.batches, self.observed, self.stepped = [], False, set()
+        self.norm, self.pending = None, None

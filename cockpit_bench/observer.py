@@ -1,0 +1,210 @@
+"""One optimizer step, from observe() to the hook that closes it: what is read when, and what is not a step."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from cockpit_bench.clock import Bucket, Clock
+from cockpit_bench.loop_state import LoopState
+from cockpit_bench.readout import Readout, Station
+from cockpit_bench.recorder import Recorder
+from cockpit_bench.runlog import Event
+from cockpit_bench.step_watch import StepWatch
+from instruments.gradient_match import compare_gradient
+from instruments.held import HeldBatches
+from instruments.layout import Layout
+from instruments.loss_scale import loss_scale, skipped_inside
+from instruments.objective import Batch, Objective, examples_of
+from instruments.probe import Probe, ProbeSettings, total_norm
+from instruments.refusal import Refusal
+from instruments.running import unwrapped
+
+CLIP_TOLERANCE = 1e-3
+MODEL_NEEDS = frozenset({"samples", "hessian", "update"})
+
+
+class Observer:
+    """Reads what is due before the step and, when its hook fires, what needs the parameters after it.
+
+    A step is one optimizer step, closed when the last optimizer's step hook fires. A step that a GradScaler or the user
+    skipped is an event and not a step. Within a closure (LBFGS) only the first evaluation of a step is observed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizers: Sequence[Any],
+        *,
+        clock: Clock,
+        readout: Readout,
+        recorder: Recorder,
+        held: HeldBatches,
+        settings: ProbeSettings,
+        scaler: Any,
+        accumulate: int,
+        strict: bool,
+    ) -> None:
+        self._model, self._objective, self._optimizers = model, objective, optimizers
+        self._clock, self._readout, self._recorder, self.held = clock, readout, recorder, held
+        self._settings, self._scaler, self._accumulate, self._strict = settings, scaler, accumulate, strict
+        self.loop = LoopState()
+        self.last_loss: Tensor | float | None = None
+        self._update: Bucket | None = None
+        self._collects = any("hessian" in s.instrument.needs for s in readout.stations)
+        self._watch = StepWatch(optimizers, self)
+
+    def observe(self, batch: Batch, loss: Tensor | float | None) -> None:
+        """One micro-batch, after its backward."""
+        loop = self.loop
+        if loop.observed and loop.stepping:
+            return  # a closure evaluated again within one step: the first evaluation counted
+        if loop.observed:
+            self._previous_step_over()
+        loop.take(batch, loss)
+        if len(loop.batches) < self._accumulate:
+            return
+        loop.observed = True
+        self.last_loss = loop.loss
+        if self._collects:
+            self.held.offer(loop.batches)
+        due = self._readout.due(loop.step)
+        if due:
+            self._read_before_step(self._readout.payable(due, loop.step))
+
+    def _read_before_step(self, stations: list[Station]) -> None:
+        loop = self.loop
+        if examples_of(loop.batches[0]) == 0:
+            raise Refusal("expected a batch with at least one example, got an empty one; nothing was read at this step")
+        needs = frozenset().union(*(s.instrument.needs for s in stations))
+        with self.probe(loop.batches, loop.loss) as probe:
+            if needs & MODEL_NEEDS and not loop.compared:
+                loop.compared = True
+                self._compare(probe)
+            for station in stations:
+                if "update" not in station.instrument.needs:
+                    self._readout.take(station, probe)
+            if "gradient" in needs:
+                loop.norm = probe.gradient_norm
+        later = [s for s in stations if "update" in s.instrument.needs]
+        if later:
+            probe.remember()
+            loop.pending = (probe, later)
+
+    def step_begins(self, optimizer: optim.Optimizer) -> None:
+        """Hook: an optimizer's step starts."""
+        self.loop.stepping = True
+        if self.loop.norm is not None:
+            with self._clock.bucket("observe"):
+                self._look_for_clip()
+        if self._update is None:
+            self._update = self._clock.bucket("update")
+            self._update.__enter__()
+
+    def step_ends(self, optimizer: optim.Optimizer) -> None:
+        """Hook: an optimizer's step is done; the last of them closes the step."""
+        if self._update is not None:
+            self._update.__exit__(None, None, None)
+            self._update = None
+        loop = self.loop
+        loop.stepping = False
+        if skipped_inside(optimizer):
+            self._skipped_step()
+            return
+        loop.stepped.add(id(optimizer))
+        if len(loop.stepped) < len(self._optimizers):
+            return
+        if loop.observed:
+            self.close_step()
+        else:
+            loop.next_step()  # a step that nobody observed is a step all the same
+
+    def close_step(self) -> None:
+        """Read what needs the parameters after the step, and count it."""
+        with self._clock.bucket("observe"):
+            if self.loop.pending is not None:
+                self._read_after_step(*self.loop.pending)
+            self.loop.next_step()
+
+    def _read_after_step(self, probe: Probe, stations: Iterable[Station]) -> None:
+        try:
+            with probe:
+                for station in stations:
+                    self._readout.take(station, probe)
+        except Exception as error:
+            self.trouble(error)
+        finally:
+            probe.forget()
+
+    def settle(self) -> None:
+        """An optimizer without hooks has stepped by now: the user evaluates or ends the run."""
+        if self.loop.observed and not self._watch.hooked:
+            self.close_step()
+
+    def close(self) -> None:
+        """Take the hooks off the optimizers."""
+        self.settle()
+        self._watch.close()
+
+    def probe(self, batches: Sequence[Batch], loss: Tensor | float | None) -> Probe:
+        """The present state of training, to be used in a `with`."""
+        return Probe(
+            self._model,
+            self._objective,
+            self._optimizers,
+            batches,
+            step=self.loop.step,
+            loss=loss,
+            held=self.held if self.held.batches else None,
+            loss_scale=loss_scale(self._scaler, self._optimizers),
+            settings=self._settings,
+        )
+
+    def trouble(self, error: Exception) -> None:
+        """Something broke in the cockpit itself: logged once a kind, training goes on."""
+        if self._strict:
+            raise error
+        if self.loop.new_trouble(error):
+            self.event("observe_failed", reason=f"{type(error).__name__}: {error}")
+
+    def event(self, name: str, **detail: Any) -> None:
+        self._recorder.write(Event(self.loop.step, self._clock.training, name, detail))
+
+    def _previous_step_over(self) -> None:
+        """The step observed last was not closed by a hook: there are none, or not every optimizer took it."""
+        if not self._watch.hooked or self.loop.stepped:
+            self.close_step()
+        else:
+            self._skipped_step()
+
+    def _skipped_step(self) -> None:
+        if not self.loop.skipping:
+            self.event("skipped_step", loss_scale=loss_scale(self._scaler, self._optimizers))
+        self.loop.abandon()
+
+    def _compare(self, probe: Probe) -> None:
+        """Once a run: is the loss that the cockpit was given the loss that is trained?"""
+        try:
+            match = compare_gradient(probe, self._accumulate)
+        except (Refusal, RuntimeError, ValueError, TypeError) as error:
+            self.event("gradient_unchecked", reason=str(error))
+            return
+        if match.verdict == "equal":
+            return
+        name = "gradient_mismatch" if match.verdict == "unexplained" else "gradient_note"
+        self.event(name, reason=match.reason, cosine=match.cosine, ratio=match.ratio)
+
+    def _look_for_clip(self) -> None:
+        """The norm at observe against the norm now: did the user clip in between?"""
+        before, self.loop.norm = self.loop.norm, None
+        try:
+            grads = [p.grad for p in Layout.of(unwrapped(self._model)).params]
+            after = total_norm(grads) / loss_scale(self._scaler, self._optimizers)
+        except Refusal:
+            return
+        assert before is not None
+        norms = torch.stack([before, after.to(before)]).tolist()
+        if norms[1] < norms[0] * (1 - CLIP_TOLERANCE):
+            self.event("clip", before=norms[0], after=norms[1])

@@ -1,0 +1,116 @@
+"""Panels: named sets of instruments with their cadences, chosen by price.
+
+    light      what costs nothing: loss, learning rate and gradient norm at every step
+    standard   light, the gradient distribution about 200 times a run and curvature about 40 times
+    full       light, the gradient distribution about 400 times, the step at every step, curvature about 100 times
+
+Cadences are in readings a run, so that a panel costs the same share of a short and of a long run; where the length of
+the run is not known they fall back to a fixed period.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cockpit_bench.cadence import Cadence, as_cadence, every, spread
+from instruments import catalogue
+
+if TYPE_CHECKING:
+    from instruments.instrument import Instrument
+
+
+@dataclass(frozen=True)
+class Readings:
+    """About `count` readings a run, or every `period` steps where the number of steps is not known."""
+
+    count: int
+    period: int
+
+    def resolve(self, steps: int | None) -> Cadence:
+        return every(self.period) if steps is None else spread(min(self.count, steps), steps)
+
+
+EVERY_STEP = 1
+LIGHT: Mapping[str, int | Readings] = {
+    "batch/loss": EVERY_STEP,
+    "step/learning_rate": EVERY_STEP,
+    "gradient/norm": EVERY_STEP,
+}
+PANELS: Mapping[str, Mapping[str, int | Readings]] = {
+    "light": LIGHT,
+    "standard": {
+        **LIGHT,
+        "gradient/noise_scale": Readings(200, 10),
+        "step/step_ratio": Readings(200, 10),
+        "curvature/sharpness": Readings(40, 50),
+        "curvature/preconditioned_sharpness": Readings(40, 50),
+    },
+    "full": {
+        **LIGHT,
+        "gradient/noise_scale": Readings(400, 5),
+        "step/step_ratio": EVERY_STEP,
+        "curvature/sharpness": Readings(100, 20),
+        "curvature/preconditioned_sharpness": Readings(100, 20),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One instrument of a run, under the label that the log knows it by, and when it is due."""
+
+    label: str
+    instrument: "Instrument"
+    due: Cadence
+
+
+def members(panel: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The mapping behind a panel's name; a mapping is taken as it is, None is empty."""
+    if panel is None:
+        return {}
+    if isinstance(panel, str):
+        if panel not in PANELS:
+            raise ValueError(f"expected the name of a panel, got '{panel}'; {catalogue.nearest(panel, PANELS)}.")
+        return PANELS[panel]
+    return panel
+
+
+def assemble(
+    panel: str | Mapping[str, Any] | None, instruments: Mapping[str, Any] | None, steps: int | None
+) -> list[Slot]:
+    """The slots of a panel and of the user's own keys; a key that both have is taken from the user.
+
+    A value is a cadence (the label names the instrument), or (instrument, cadence), where the instrument is an
+    instance or a name.
+    """
+    merged = {**members(panel), **(instruments or {})}
+    return [_slot(label, value, steps) for label, value in merged.items()]
+
+
+def _slot(label: str, value: Any, steps: int | None) -> Slot:
+    from instruments.instrument import Instrument
+
+    source: Any = label
+    if isinstance(value, tuple):
+        if len(value) != 2:
+            raise ValueError(f"expected (instrument, cadence) for '{label}', got {value!r}.")
+        source, value = value
+    instrument = catalogue.make(source) if isinstance(source, str) else source
+    if not isinstance(instrument, Instrument):
+        raise ValueError(
+            f"expected an instrument (an instance, not a class) for '{label}', got {instrument!r}; "
+            "write for example (Sharpness(tol=1e-3), at(0, 10, 100))."
+        )
+    due = value.resolve(steps) if isinstance(value, Readings) else as_cadence(value)
+    return Slot(label, instrument, due)
+
+
+def describe(panel: str) -> str:
+    """The members of a panel and when they are due, in one line."""
+
+    def when(value: int | Readings) -> str:
+        return (
+            f"{value.count} a run" if isinstance(value, Readings) else "every step" if value == 1 else f"every {value}"
+        )
+
+    return ", ".join(f"{name} ({when(value)})" for name, value in PANELS[panel].items())

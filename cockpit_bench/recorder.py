@@ -1,0 +1,84 @@
+"""Where the records of a run go: its folder, its sinks, its status file."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cockpit_bench.clock import Clock
+from cockpit_bench.environment import environment
+from cockpit_bench.runlog import Event, LogWriter, Outcome, Record, RunFolder, new_header
+from cockpit_bench.sinks import CallbackSink, ConsoleSink, Fanout, JsonlSink, MemorySink, Sink, TensorBoardSink
+from workloads.target import Target
+
+KEPT_IN_MEMORY = 10_000
+
+
+class Recorder:
+    """Opens what a run writes to, hands every record to every sink off the training clock, and closes it all.
+
+    A resumed run says from which step on its earlier records no longer count; that is known at its first record, after
+    a checkpoint may have been loaded, so what depends on it is opened there.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        logdir: str | os.PathLike[str] | None,
+        resume: bool,
+        sinks: Sequence[Sink | Callable[..., None]] | None,
+        target: Target | None,
+        steps: int | None,
+        *,
+        interactive: bool,
+    ) -> None:
+        self.memory = MemorySink(KEPT_IN_MEMORY)
+        self._clock, self._begun = clock, False
+        self.folder = RunFolder.create(logdir, resume=resume) if logdir is not None else None
+        self._resumed = self.folder is not None and self.folder.log_path.exists()
+        own: list[Sink] = [self.memory]
+        if self.folder is not None:
+            header = new_header(self.folder.path.resolve().name)
+            own.append(JsonlSink(LogWriter(self.folder.log_path, header)))
+            self.folder.write_environment(environment())
+            self.folder.write_status({"state": "running", "pid": os.getpid(), "step": 0})
+        if sinks is None:
+            own.append(ConsoleSink(target=target, steps=steps, interactive=interactive))
+        given = [s if isinstance(s, Sink) else CallbackSink(s) for s in sinks or ()]
+        self._wants_tensorboard = sinks is None and self.folder is not None
+        self._fanout = Fanout([*own, *given])
+
+    def write(self, record: Record) -> None:
+        """To every sink, in the log bucket. Never raises: a sink that fails is switched off with a message."""
+        with self._clock.bucket("log"):
+            if not self._begun:
+                self._begin(record)
+            self._fanout.write(record)
+
+    def _begin(self, record: Record) -> None:
+        self._begun = True
+        if self._wants_tensorboard and self.folder is not None:
+            purge = record.step if self._resumed else None
+            self._fanout.add(lambda: TensorBoardSink(self.folder.path, purge_step=purge))  # type: ignore[union-attr]
+        if self._resumed:
+            self._fanout.write(Event(record.step, record.seconds, "superseded", {"from_step": record.step}))
+
+    def progress(self, step: int) -> None:
+        """The status file says how far the run is."""
+        with self._clock.bucket("log"):
+            self._status({"state": "running", "pid": os.getpid(), "step": step, "seconds": self._clock.training})
+
+    def close(self, outcome: Outcome) -> None:
+        """Write the outcome, close the sinks, and leave the final status."""
+        self.write(outcome)
+        self._fanout.close()
+        state = {"state": "finished", "outcome": outcome.status, "step": outcome.step, "seconds": outcome.seconds}
+        self._status({**state, "reason": outcome.reason})
+
+    def _status(self, status: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
+        try:
+            self.folder.write_status(status)
+        except OSError as error:
+            print(f"cockpit: status.json could not be written ({error}); the log is not affected.", file=sys.stderr)

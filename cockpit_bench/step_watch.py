@@ -1,0 +1,48 @@
+"""Knows when an optimizer step begins and ends, by the hooks of torch's optimizers, and nothing else.
+
+The hooks sit on the optimizers (which do not pickle or copy them), refer weakly to the cockpit, and go with it.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import optim
+
+
+class StepListener(Protocol):
+    """What the cockpit does when a step begins, and when the last of its optimizers has ended one."""
+
+    def step_begins(self, optimizer: optim.Optimizer) -> None: ...
+
+    def step_ends(self, optimizer: optim.Optimizer) -> None: ...
+
+
+class StepWatch:
+    """`hooked` is False when an optimizer has none of torch's hooks: its step is then noticed at the next observe."""
+
+    def __init__(self, optimizers: Sequence[Any], listener: StepListener) -> None:
+        self._handles: list[Any] = []
+        self.hooked = all(hasattr(optimizer, "register_step_post_hook") for optimizer in optimizers)
+        if not self.hooked:
+            return
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(_weak(listener.step_begins)))
+            self._handles.append(optimizer.register_step_post_hook(_weak(listener.step_ends)))
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _weak(method: Callable[[optim.Optimizer], None]) -> Callable[..., None]:
+    reference = weakref.WeakMethod(method)
+
+    def hook(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(optimizer)
+
+    return hook

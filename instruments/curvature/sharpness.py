@@ -1,0 +1,52 @@
+"""The largest eigenvalue of the Hessian, followed along the run.
+
+Shapes: D = trainable scalars.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from instruments.instrument import Instrument, Output, State, Values
+from instruments.linalg.tracking import Track, follow
+from instruments.operators.hessian import KEPT_PRODUCT
+from instruments.probe import Need, View
+
+
+@dataclass(frozen=True)
+class Sharpness(Instrument):
+    """lambda_max of the Hessian of the training loss on the held probe batches, algebraically largest.
+
+    Lanczos from the last Ritz vector, stopped when the residual |H y - lambda y| is at most `tol` times |lambda|;
+    audited from a fresh start now and then (`instruments.linalg.tracking`). The value is never above the true one by
+    more than rounding; it is within `residual` of it if the eigenvalue nearest to it is the largest, which is what the
+    audits are for. Sharpness of a mini-batch is larger than that of the whole data set: compare only readings on the
+    same number of examples.
+    """
+
+    tol: float = 0.04
+    max_products: int = 40
+
+    outputs: ClassVar[Mapping[str, Output]] = {
+        "sharpness": Output("loss / parameter²", "largest eigenvalue of the Hessian on the probe batch"),
+        "residual": Output("loss / parameter²", "|H y - lambda y|: bound on the error if y's is the top eigenvalue"),
+        "converged": Output("1", "1 when the residual met the tolerance, 0 when products ran out"),
+    }
+    needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
+    reference: ClassVar[str] = (
+        "Lanczos: Parlett 1998, The symmetric eigenvalue problem, chapter 13; sharpness along training: Cohen et al. "
+        "2021, Gradient descent on neural networks typically occurs at the edge of stability"
+    )
+
+    def price(self, view: View) -> float:
+        return 1.0 + 3 * KEPT_PRODUCT
+
+    def init(self) -> State:
+        return Track().state()
+
+    def advance(self, view: View, state: State) -> tuple[Values, State]:
+        ritz, track = follow(
+            view.hessian, Track(**state), view.gradient_D, tol=self.tol, max_products=self.max_products, seed=view.step
+        )
+        values: Values = {"sharpness": ritz.value, "residual": ritz.residual, "converged": float(ritz.converged)}
+        return values, track.state()

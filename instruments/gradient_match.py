@@ -1,0 +1,66 @@
+"""Is the loss that is measured the loss that is trained? The recomputed gradient against `.grad`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from instruments.refusal import Refusal
+
+if TYPE_CHECKING:
+    from instruments.probe import Probe
+
+EQUAL, SAME_DIRECTION = 1e-3, 0.999
+
+
+@dataclass(frozen=True)
+class GradientMatch:
+    """`cosine` between `.grad` and the recomputed gradient, `ratio` of their norms, and what follows from them."""
+
+    verdict: Literal["equal", "explained", "unexplained"]
+    cosine: float
+    ratio: float
+    reason: str
+
+
+def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
+    """Costs one gradient on the step's batch.
+
+    Different: random masks (cannot be compared), a constant factor (accumulation, loss scale, clipping before observe,
+    a summed loss). A difference in direction that no random number explains is the user's to mend.
+    """
+    recomputed_D, random = probe.recomputed_gradient()
+    stored_D = probe.layout.join(probe.unscaled_grads)
+    norms = torch.stack([stored_D.norm(), recomputed_D.norm(), torch.dot(stored_D, recomputed_D)]).double().tolist()
+    stored, recomputed, dot = norms
+    if not all(map(_finite, norms)):
+        return GradientMatch("explained", float("nan"), float("nan"), "the gradient is not finite")
+    if stored == 0 or recomputed == 0:
+        if stored == recomputed:
+            return GradientMatch("equal", 1.0, 1.0, "")
+        raise Refusal(f"one gradient is zero: |.grad| = {stored:.3g}, recomputed {recomputed:.3g}")
+    cosine, ratio = dot / (stored * recomputed), stored / recomputed
+    if cosine > SAME_DIRECTION and abs(ratio - 1) < EQUAL + (1 - cosine):
+        return GradientMatch("equal", cosine, ratio, "")
+    if random:
+        return GradientMatch("explained", cosine, ratio, "the forward draws random numbers (dropout): other masks")
+    if cosine > SAME_DIRECTION:
+        return GradientMatch("explained", cosine, ratio, _factor(ratio, accumulate))
+    return GradientMatch(
+        "unexplained", cosine, ratio,
+        f"the gradient of the loss given to the cockpit points elsewhere than .grad (cosine {cosine:.3f}): the loss "
+        "given is not the loss trained, or the batch passed to observe() is not the one that backward() saw. "
+        "Every reading of curvature, noise and step describes the loss that was given.",
+    )  # fmt: skip
+
+
+def _factor(ratio: float, accumulate: int) -> str:
+    if accumulate > 1 and abs(ratio / accumulate - 1) < 1e-2:
+        return f"the {accumulate} accumulated losses were added, not averaged: .grad is {ratio:.4g} times their mean"
+    if ratio > 1:
+        return f".grad is {ratio:.4g} times the gradient of the loss: a loss scale (pass scaler=...) or a summed loss"
+    return f".grad is {ratio:.4g} times the gradient of the loss: clipped before observe(), or the loss was divided"
+
+
+def _finite(x: float) -> bool:
+    return x == x and abs(x) != float("inf")

@@ -1,0 +1,68 @@
+"""The probe batch: what curvature is read on, the same at every reading of a run.
+
+A fresh mini-batch at every reading would mix the change of the model with the change of the data, and would throw away
+what a warm start knows; the top Hessian eigenvalue of a small batch is also biased upwards. So the batches are given by
+the user, or collected from the first ones seen, and then held.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from instruments.objective import Batch, bytes_of, clone_of, examples_of
+
+EXAMPLES = 512
+BYTES = 256 * 2**20
+
+
+class HeldBatches:
+    """Whole batches, never sliced nor concatenated: up to 512 examples and 256 MiB unless the user gave them.
+
+    While batches are still being collected a reading uses those seen so far; the number of examples stands in its
+    provenance, and a change of it is a discontinuity of the curve.
+    """
+
+    def __init__(self, given: Iterable[Batch] | None = None) -> None:
+        self.batches: list[Batch] = [] if given is None else list(given)
+        if given is not None and not any(examples_of(batch) for batch in self.batches):
+            raise ValueError(
+                "expected probe batches with at least one example, got none; pass probe=batches(b1, b2, ...) "
+                "or leave it out to hold the first batches of training."
+            )
+        self.complete = given is not None
+        self.keep_graphs = True
+
+    @property
+    def examples(self) -> int:
+        return sum(map(examples_of, self.batches))
+
+    def offer(self, batches: Sequence[Batch]) -> None:
+        """Hold a copy of these batches if there is room; the first is held whatever its size."""
+        for batch in batches:
+            if self.complete:
+                return
+            room = self.examples + examples_of(batch) <= EXAMPLES and self._bytes() + bytes_of(batch) <= BYTES
+            if not self.batches or room:
+                self.batches.append(clone_of(batch))
+            self.complete = not room or self.examples >= EXAMPLES
+
+    def shrink(self) -> bool:
+        """After running out of memory: stop keeping graphs, then drop half of the batches. False when none can go."""
+        self.complete = True
+        if self.keep_graphs:
+            self.keep_graphs = False
+            return True
+        if len(self.batches) < 2:
+            return False
+        del self.batches[len(self.batches) // 2 :]
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "complete": self.complete, "keep_graphs": self.keep_graphs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The batches of the checkpoint are held, so that a resumed run reads the same curve."""
+        self.batches = list(state["batches"])
+        self.complete, self.keep_graphs = state["complete"], state["keep_graphs"]
+
+    def _bytes(self) -> int:
+        return sum(map(bytes_of, self.batches))

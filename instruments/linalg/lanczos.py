@@ -1,0 +1,81 @@
+"""The largest eigenvalue of a symmetric operator by Lanczos iteration, stopped on the residual.
+
+After k products the operator is known on a Krylov basis as a k x k tridiagonal matrix T; an eigenpair (theta, s) of T
+gives the Ritz pair (theta, y = Q s) with residual norm |A y - theta y| = beta_k |s_k|, known without another product.
+theta is never above the largest eigenvalue, and some eigenvalue lies within the residual of it (Parlett 1998, "The
+symmetric eigenvalue problem", 4.5 and 13.2). Largest means algebraically largest: a large negative eigenvalue cannot
+win.
+
+Shapes: D = size of the operator, k = products so far.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import eigh_tridiagonal
+from torch import Tensor
+
+from instruments.operators.operator import Operator
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """The top Ritz pair and what it is worth.
+
+    `residual` is |A y - value y| for the unit vector y, in the unit of the operator; the error of `value` is at most
+    `residual` if the eigenvalue nearest to it is the largest one, and it is always from below. `converged` says whether
+    the residual met the tolerance within the allowed products. `vector_D` is y.
+    """
+
+    value: float
+    residual: float
+    products: int
+    converged: bool
+    vector_D: Tensor
+
+
+def top_eigenvalue(
+    operator: Operator,
+    start_D: Tensor,
+    *,
+    tol: float,
+    max_products: int,
+) -> Ritz:
+    """Lanczos with full reorthogonalisation (twice) until residual <= tol * |value|.
+
+    Each product costs one synchronisation with the host. A product that is not finite ends the iteration with value
+    NaN, not converged. The zero operator has value 0, converged.
+    """
+    basis_kD = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
+    q_D = start_D / start_D.norm()
+    alphas: list[float] = []
+    betas: list[float] = []
+    limit = min(max_products, operator.size)
+    while True:
+        basis_kD = torch.cat([basis_kD, q_D[None]])
+        w_D = operator.matvec(q_D)
+        alpha = torch.dot(w_D, q_D)
+        for _ in range(2):
+            w_D = w_D - basis_kD.T @ (basis_kD @ w_D)
+        alpha_k, beta_k = torch.stack([alpha, w_D.norm()]).tolist()
+        alphas.append(alpha_k)
+        if not (np.isfinite(alpha_k) and np.isfinite(beta_k)):
+            return Ritz(float("nan"), float("nan"), len(alphas), False, start_D)
+        values_k, s_kk = eigh_tridiagonal(np.array(alphas), np.array(betas))
+        value, residual = float(values_k[-1]), beta_k * abs(float(s_kk[-1, -1]))
+        # An invariant subspace: rounding is all that is left of the next vector.
+        exhausted = beta_k <= 10 * torch.finfo(operator.dtype).eps * float(np.abs(values_k).max())
+        converged = bool(residual <= tol * abs(value) or exhausted)
+        if converged or len(alphas) >= limit:
+            s_k = torch.as_tensor(s_kk[:, -1].copy(), dtype=operator.dtype, device=operator.device)
+            return Ritz(value, residual, len(alphas), converged, s_k @ basis_kD)
+        betas.append(beta_k)
+        q_D = w_D / beta_k
+
+
+def random_start(operator: Operator, seed: int) -> Tensor:
+    """A Gaussian vector of norm 1 that depends on the seed alone, not on the device or any global generator."""
+    v_D = torch.randn(operator.size, generator=torch.Generator().manual_seed(seed), dtype=operator.dtype)
+    unit_D: Tensor = (v_D / v_D.norm()).to(operator.device)
+    return unit_D

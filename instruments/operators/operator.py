@@ -1,0 +1,36 @@
+"""One fixed symmetric matrix, known by its products with a vector."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Operator(ABC):
+    """Abstract: a symmetric D x D matrix. Two products with the same vector agree bit for bit.
+
+    `price` is what one product costs in g (gradients on the same batch); `route` says in words how it is computed, for
+    the provenance of what is read from it.
+    """
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    price: float = 0.0
+    route: str = "given"
+
+    @abstractmethod
+    def matvec(self, v_D: Tensor) -> Tensor:
+        """The product A v, shape (D,)."""
+
+
+class DenseOperator(Operator):
+    """A matrix that is held: the ground truth of small problems."""
+
+    def __init__(self, matrix_DD: Tensor) -> None:
+        self._matrix_DD = matrix_DD
+        self.size, self.dtype, self.device = matrix_DD.shape[0], matrix_DD.dtype, matrix_DD.device
+        self.route = "dense"
+
+    def matvec(self, v_D: Tensor) -> Tensor:
+        return self._matrix_DD @ v_D

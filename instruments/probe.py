@@ -1,0 +1,335 @@
+"""The one door to the user's model: one training step seen from inside, each quantity computed at most once, lazily.
+
+An instrument sees a `View` of the probe: it may ask for what it declared in `needs`, and what it asked for is counted
+(gradients, products) and labelled (batch, mode, precision, route) on the reading.
+
+Shapes: D = trainable scalars, N = examples of the step.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn, optim
+
+from instruments.guard import untouched
+from instruments.held import HeldBatches
+from instruments.layout import Layout
+from instruments.objective import Batch, Call, Objective, Parts
+from instruments.operators.hessian import HessianOperator, Piece
+from instruments.operators.operator import Operator
+from instruments.operators.preconditioned import PreconditionedOperator
+from instruments.preconditioners import Preconditioner, read_preconditioner
+from instruments.refusal import Refusal
+from instruments.running import Mode, running, unwrapped
+from instruments.samples.moments import EngineName, SampleMoments, sample_moments
+from instruments.samples.problem import SampleProblem
+from instruments.step_effect import StepEffect, step_effect
+
+Need = Literal["loss", "gradient", "samples", "hessian", "preconditioner", "update", "groups"]
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How a step is looked at. The seed pins the random numbers of every forward of a reading."""
+
+    mode: Mode = "train"
+    samples: EngineName = "auto"
+    seed: int = 0
+
+
+@dataclass
+class Meter:
+    """What one reading used, in gradients (forward + backward) and in Hessian-vector products."""
+
+    gradients: float = 0.0
+    products: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+class Probe(AbstractContextManager["Probe"]):
+    """One step of training: use inside `with probe:`, after backward and before (or after) the optimizer's step.
+
+    Inside the `with`, `.grad`, buffers, random states and modes are out of reach of what is measured
+    (`instruments.guard`); on leaving it graphs are freed and everything is as before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizers: Sequence[optim.Optimizer],
+        batches: Sequence[Batch],
+        *,
+        step: int = 0,
+        held: HeldBatches | None = None,
+        loss: Tensor | float | None = None,
+        loss_scale: float = 1.0,
+        settings: ProbeSettings | None = None,
+    ) -> None:
+        self.module = unwrapped(model)
+        self.objective, self.optimizers, self.batches = objective, tuple(optimizers), tuple(batches)
+        self.step, self.held = step, held if held is not None else HeldBatches(batches)
+        self.settings = settings or ProbeSettings()
+        self.loss_scale = loss_scale
+        self._loss = loss
+        self.loss_given = loss is not None
+        self.layout = Layout.of(self.module)
+        self.grads: tuple[Tensor | None, ...] = tuple(p.grad for p in self.layout.params)
+        self._before: list[Tensor] | None = None
+        self._hessian: HessianOperator | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Probe":
+        self._stack.enter_context(untouched(self.module))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._hessian is not None:
+            self._hessian.release()
+            self._hessian = None
+        for cached in ("_preconditioned",):
+            self.__dict__.pop(cached, None)
+        self._stack.close()
+
+    def remember(self) -> None:
+        """Copy the parameters: called before the optimizer's step when a reading of the step itself is due."""
+        self._before = [p.detach().clone() for p in self.layout.params]
+
+    def forget(self) -> None:
+        """Drop what was remembered, the batches included."""
+        self._before, self.batches = None, ()
+
+    def running(self, *, held: bool, differentiable: bool) -> AbstractContextManager[None]:
+        """Pinned: the masks of held batches stay the same along the run, those of the step's batch change with it."""
+        seed = self.settings.seed if held else self.settings.seed + 1 + self.step
+        return running(self.module, seed=seed, mode=self.settings.mode, differentiable=differentiable)
+
+    # The quantities. Each is computed for the first view that asks, and billed to it.
+
+    def loss(self, meter: Meter) -> Tensor:
+        """The training loss of the step: the user's own number, or one more forward."""
+        if self._loss is not None:
+            meter.provenance["loss"] = "given"
+            return torch.as_tensor(self._loss).detach()
+        if "recomputed_loss" not in self.__dict__:
+            meter.gradients += 1 / 3
+        meter.provenance["loss"] = "recomputed"
+        return self.recomputed_loss
+
+    @cached_property
+    def recomputed_loss(self) -> Tensor:
+        """The loss of the step's batches as one, by a forward under the step's own masks."""
+        with torch.no_grad():
+            return pooled_loss(self.objective, [self._parts(self.module, batch) for batch in self.batches])
+
+    def recomputed_gradient(self) -> tuple[Tensor, bool]:
+        """Gradient of the loss on the step's batches, shape (D,), and whether its forward drew random numbers."""
+        with torch.enable_grad(), self.running(held=False, differentiable=False):
+            before = torch.get_rng_state()
+            parts = [self.objective.parts(self.module, batch) for batch in self.batches]
+            random = not torch.equal(before, torch.get_rng_state())
+            loss = pooled_loss(self.objective, parts)
+            grads = torch.autograd.grad(loss, self.layout.params, allow_unused=True)
+        return self.layout.join(grads), random
+
+    @cached_property
+    def unscaled_grads(self) -> tuple[Tensor | None, ...]:
+        """`.grad` of each parameter divided by the loss scale; the tensors themselves where the scale is 1."""
+        if self.loss_scale == 1.0:
+            return self.grads
+        return tuple(None if g is None else g / self.loss_scale for g in self.grads)
+
+    @cached_property
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients together, one scalar tensor, no synchronisation."""
+        return total_norm(self.grads) / self.loss_scale
+
+    @cached_property
+    def _moments(self) -> SampleMoments:
+        def pinned() -> AbstractContextManager[None]:
+            return self.running(held=False, differentiable=True)
+
+        problem = SampleProblem(self.module, self.layout, self.objective, pinned)
+        if self.settings.mode == "eval":
+            self.module.eval()
+        return sample_moments(problem, self.batches, self.settings.samples)
+
+    def moments(self, meter: Meter) -> SampleMoments:
+        if "_moments" not in self.__dict__:
+            meter.gradients += 2.0
+        meter.provenance["engine"] = self._moments.engine
+        return self._moments
+
+    def hessian(self, meter: Meter) -> HessianOperator:
+        """The Hessian of the loss on the held batches. Out of memory: graphs are rebuilt, then batches are dropped."""
+        while self._hessian is None:
+            pieces = [self._piece(batch) for batch in self.held.batches]
+            try:
+                self._hessian = HessianOperator(pieces, self.layout, keep_graphs=self.held.keep_graphs)
+                meter.gradients += float(self.held.keep_graphs)
+            except torch.OutOfMemoryError as error:
+                if not self.held.shrink():
+                    raise Refusal(f"out of memory with a single probe batch: {error}") from error
+        meter.provenance.update(batch="held", examples=self.held.examples, route=self._hessian.route)
+        return self._hessian
+
+    @cached_property
+    def preconditioner(self) -> Preconditioner:
+        return read_preconditioner(self.optimizers, self.layout, self.unscaled_grads)
+
+    def effect(self, meter: Meter) -> StepEffect:
+        if self._before is None:
+            raise Refusal("the parameters before the step were not kept.")
+        meter.gradients += 4 / 3
+        return step_effect(self, self._before)
+
+    def _piece(self, batch: Batch) -> Piece:
+        def piece() -> tuple[Tensor, Tensor | float]:
+            with self.running(held=True, differentiable=True):
+                return addends(self.objective, self.objective.parts(self.module, batch))
+
+        return piece
+
+    def _parts(self, call: Call, batch: Batch) -> Parts:
+        with self.running(held=False, differentiable=False):
+            return self.objective.parts(call, batch)
+
+
+def addends(objective: Objective, parts: Parts) -> tuple[Tensor, Tensor | float]:
+    """(total, weight) such that several batches are one loss sum(total) / sum(weight).
+
+    A mean loss adds totals and denominators (tokens that count, class weights); a summed loss, or a single number,
+    averages over batches by their examples.
+    """
+    if objective.pooled_by_denominator and parts.sums_N is not None:
+        weight = parts.denominator
+        return parts.total, weight.detach() if isinstance(weight, Tensor) else weight
+    return parts.loss * parts.examples, float(parts.examples)
+
+
+def pooled_loss(objective: Objective, parts: Sequence[Parts]) -> Tensor:
+    """The loss of several batches as one."""
+    totals, weights = zip(*(addends(objective, p) for p in parts), strict=True)
+    return torch.as_tensor(sum(totals) / sum(weights))
+
+
+def total_norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Euclidean norm of a list of tensors as one vector, by one fused pass and no synchronisation."""
+    present = [t if t.layout is torch.strided else t.coalesce().values() for t in tensors if t is not None]
+    if not present:
+        raise Refusal("no parameter has a gradient; observe() belongs after backward() and before zero_grad().")
+    device = present[0].device
+    norms = torch._foreach_norm([t.detach() for t in present], dtype=torch.float32 if _half(present) else None)
+    norm: Tensor = torch.stack([n.to(device) for n in norms]).norm()
+    return norm
+
+
+def _half(tensors: Sequence[Tensor]) -> bool:
+    return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
+
+
+class _Counted(Operator):
+    """An operator whose products are billed to one reading."""
+
+    def __init__(self, operator: Operator, meter: Meter) -> None:
+        self._operator, self._meter = operator, meter
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.price, self.route = operator.price, operator.route
+
+    def matvec(self, v_D: Tensor) -> Tensor:
+        self._meter.products += 1
+        return self._operator.matvec(v_D)
+
+
+class View:
+    """What one instrument sees of one step: what it declared, billed and labelled. Undeclared needs raise."""
+
+    def __init__(self, probe: Probe, needs: frozenset[Need]) -> None:
+        self._probe, self._needs = probe, needs
+        self.meter = Meter(
+            provenance={
+                "batch": "step",
+                "examples": None,
+                "mode": probe.settings.mode,
+                "precision": str(probe.layout.dtype).removeprefix("torch."),
+            }
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken before the one that this reading belongs to."""
+        return self._probe.step
+
+    @property
+    def optimizers(self) -> tuple[optim.Optimizer, ...]:
+        self._declared("groups")
+        return self._probe.optimizers
+
+    @property
+    def loss(self) -> Tensor:
+        """Training loss of the step, unscaled."""
+        self._declared("loss")
+        return self._probe.loss(self.meter)
+
+    @property
+    def loss_given(self) -> bool:
+        """Whether the user passed the loss to observe; otherwise asking for it costs a forward."""
+        return self._probe.loss_given
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """Norm of what stands in `.grad`, unscaled."""
+        self._declared("gradient")
+        return self._probe.gradient_norm
+
+    @property
+    def moments(self) -> SampleMoments:
+        """Per-example gradient statistics of the step's batch."""
+        self._declared("samples")
+        moments = self._probe.moments(self.meter)
+        self.meter.provenance["examples"] = moments.examples
+        return moments
+
+    @property
+    def hessian(self) -> Operator:
+        """Hessian of the training loss on the held batches."""
+        self._declared("hessian")
+        return _Counted(self._probe.hessian(self.meter), self.meter)
+
+    @property
+    def gradient_D(self) -> Tensor:
+        """Gradient of the loss on the held batches, shape (D,): free where the Hessian's graph is kept."""
+        self._declared("hessian")
+        return self._probe.hessian(self.meter).gradient_D
+
+    @property
+    def preconditioner(self) -> Preconditioner:
+        """D and c of the optimizers at this step."""
+        self._declared("preconditioner")
+        return self._probe.preconditioner
+
+    @property
+    def preconditioned(self) -> Operator:
+        """1/2 D^1/2 (H + diag c) D^1/2, whose largest eigenvalue is rho."""
+        self._declared("hessian")
+        p = self.preconditioner
+        hessian = _Counted(self._probe.hessian(self.meter), self.meter)
+        return PreconditionedOperator(hessian, p.scale_D / 2, p.decay_D)
+
+    @property
+    def layout(self) -> Layout:
+        return self._probe.layout
+
+    @property
+    def effect(self) -> StepEffect:
+        """What the step did to the loss of its own batch; only after the optimizer's step."""
+        self._declared("update")
+        return self._probe.effect(self.meter)
+
+    def _declared(self, need: Need) -> None:
+        if need not in self._needs:
+            raise AssertionError(f"the instrument asked for '{need}', which its `needs` do not declare")

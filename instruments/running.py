@@ -1,0 +1,48 @@
+"""The context of every forward of a reading: pinned randomness, full precision, differentiable kernels."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from instruments.guard import pin
+
+Mode = Literal["train", "eval"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile`, DistributedDataParallel or DataParallel."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+@contextmanager
+def running(module: nn.Module, *, seed: int, mode: Mode, differentiable: bool) -> Iterator[None]:
+    """Inside, a forward of `module` draws the random numbers of `seed` and runs without autocast, in eager mode.
+
+    mode "train" keeps every module's flag as the user set it, "eval" switches all of them. `differentiable` asks for
+    kernels that can be differentiated twice and vectorised: attention by plain matrix products (the fused kernels have
+    no second derivative), recurrent layers without cuDNN. To be used inside `untouched`, which puts everything back.
+    """
+    device = next(module.parameters()).device.type
+    with ExitStack() as stack:
+        pin(module, seed)
+        if mode == "eval":
+            module.eval()
+        stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if differentiable:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if device == "cuda" and any(isinstance(m, nn.RNNBase) for m in module.modules()):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield

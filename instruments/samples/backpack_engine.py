@@ -1,0 +1,97 @@
+"""Per-example gradient norms by BackPACK, in about the time of one gradient, for models made of layers that it knows.
+
+BackPACK hooks modules and writes onto parameters; both happen on a shadow of the model that shares the storage of its
+parameters, so the user's modules and parameters carry nothing afterwards.
+(Dangel, Kunstner and Hennig 2020, "BackPACK: packing more into backprop".)
+"""
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from instruments.objective import Batch
+from instruments.refusal import Refusal
+from instruments.samples.independence import check_by_half, no_examples
+from instruments.samples.problem import BatchMoments, SampleProblem
+
+SAVED = "batch_l2"  # the attribute that BackPACK writes onto a parameter
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
+    """|g_i|^2 by BatchL2Grad and sum g_i by the same backward pass."""
+    _refuse_unknown_layers(problem)
+    from backpack import backpack, extend  # half a second: imported by the first who needs it
+    from backpack.extensions import BatchL2Grad
+
+    shadow, aliases = _shadow(problem)
+    calls = _count_calls(shadow)
+    try:
+        extend(shadow)
+        with torch.enable_grad(), problem.running(), backpack(BatchL2Grad()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its hooks note that inputs need no gradient
+            parts = problem.objective.parts(shadow, batch)
+            if parts.sums_N is None:
+                raise no_examples()
+            _refuse_calls(calls, parts.examples)
+            parts.total.backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
+        raise Refusal(f"BackPACK cannot read this model: {type(error).__name__}: {error}") from error
+    check_by_half(problem, batch, parts.sums_N.detach())
+    norms_sq_N = torch.zeros(parts.examples, dtype=problem.layout.dtype, device=problem.layout.device)
+    for alias in aliases:
+        if alias.grad is not None:
+            norms_sq_N += getattr(alias, SAVED).to(norms_sq_N)
+    denominator = parts.denominator
+    return BatchMoments(
+        norms_sq_N,
+        problem.layout.join([alias.grad for alias in aliases]),
+        denominator.detach() if isinstance(denominator, Tensor) else denominator,
+    )
+
+
+def _refuse_unknown_layers(problem: SampleProblem) -> None:
+    """Every trained parameter must sit in exactly one layer of a class (not a subclass) that BackPACK knows."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in problem.module.modules():
+        for q in module.parameters(recurse=False):
+            owners.setdefault(id(q), []).append(module)
+    for name, p in zip(problem.layout.names, problem.layout.params, strict=True):
+        modules = owners.get(id(p), [])
+        if len(modules) != 1:
+            raise Refusal(f"parameter '{name}' is shared by {len(modules)} modules.")
+        if type(modules[0]) not in LAYERS:
+            raise Refusal(f"parameter '{name}' sits in {type(modules[0]).__name__}, which has no rule.")
+
+
+def _shadow(problem: SampleProblem) -> tuple[nn.Module, list[Tensor]]:
+    """A copy of the module tree over the same storage: parameters are aliased, nothing of size D is copied."""
+    memo: dict[int, object] = {}
+    for q in problem.module.parameters():
+        memo[id(q)] = nn.Parameter(q.detach(), requires_grad=q.requires_grad)
+    try:
+        shadow = copy.deepcopy(problem.module, memo)
+    except Exception as error:  # a user's module may hold anything
+        raise Refusal(f"the model cannot be copied for BackPACK: {error}") from error
+    return shadow, [memo[id(p)] for p in problem.layout.params]  # type: ignore[misc]
+
+
+Calls = dict[int, list[int]]
+
+
+def _count_calls(shadow: nn.Module) -> Calls:
+    """Leading output dimension of every call of every layer with parameters."""
+    calls: Calls = {}
+    for module in shadow.modules():
+        if type(module) in LAYERS:
+            sizes = calls.setdefault(id(module), [])
+            module.register_forward_hook(lambda m, i, out, sizes=sizes: sizes.append(out.shape[0]))
+    return calls
+
+
+def _refuse_calls(calls: Calls, examples: int) -> None:
+    for sizes in calls.values():
+        if len(sizes) > 1 or any(size != examples for size in sizes):
+            raise Refusal("a layer is called twice a forward pass, or without the examples as leading dimension.")

@@ -1,0 +1,55 @@
+"""Do the examples of a batch have losses of their own? Asked of the numbers, not of a list of layer names."""
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from instruments.objective import Batch, plain_tree
+from instruments.refusal import Refusal
+from instruments.samples.problem import SampleProblem
+
+RELATIVE, ABSOLUTE = 1e-3, 1e-6
+
+
+class Undefined(Refusal):
+    """No example has a gradient of its own: no engine can help."""
+
+
+def no_examples() -> Undefined:
+    return Undefined(
+        "the loss is a single number, so examples cannot be told apart; "
+        "return losses_N, one loss an example, from the loss function."
+    )
+
+
+def refuse_interaction(alone_N: Tensor, together_N: Tensor) -> None:
+    """Compare losses of examples read apart with those read in the whole batch."""
+    scale = together_N.abs().mean()
+    worst = (alone_N - together_N).abs().max()
+    if bool(worst > RELATIVE * scale + ABSOLUTE):
+        raise Undefined(
+            f"the examples of the batch interact: read apart, an example's loss differs by {worst / scale:.1e} of the "
+            "mean loss from its loss within the batch, so no example has a gradient of its own."
+        )
+
+
+def whole_batch(problem: SampleProblem, batch: Batch) -> tuple[Tensor, Tensor | float, bool]:
+    """Per-example loss sums of the batch as one, the loss denominator, and whether the forward drew random numbers."""
+    with torch.no_grad(), problem.running():
+        before = torch.get_rng_state()
+        parts = problem.objective.parts(problem.module, batch)
+        random = not torch.equal(before, torch.get_rng_state())
+    if parts.sums_N is None:
+        raise no_examples()
+    return parts.sums_N, parts.denominator, random
+
+
+def check_by_half(problem: SampleProblem, batch: Batch, together_N: Tensor) -> None:
+    """Half of the batch, forward only, against the whole. Batches that cannot be cut are not checked."""
+    n = together_N.shape[0]
+    leaves, spec = tree_flatten(plain_tree(batch))
+    if n < 2 or not all(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == n for leaf in leaves):
+        return
+    half_N, _, random = whole_batch(problem, tree_unflatten([leaf[: n // 2] for leaf in leaves], spec))
+    if not random:
+        refuse_interaction(half_N, together_N[: n // 2])
