@@ -77,6 +77,7 @@ class Cockpit:
     ) -> None:
         self.enabled = enabled and os.environ.get("COCKPIT", "").lower() not in ("off", "0", "false")
         if not self.enabled:
+            self.clock = Clock()
             return
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(
@@ -93,7 +94,7 @@ class Cockpit:
             settings=settings or ProbeSettings(), scaler=scaler, accumulate=accumulate, strict=strict,
         )  # fmt: skip
         self._ending = Ending(target)
-        self._closed = False
+        self._closed, self._earlier_error = False, id(_last_error())
         atexit.register(self._at_exit)
 
     # What the user's loop calls.
@@ -164,9 +165,12 @@ class Cockpit:
         label = instrument if isinstance(instrument, str) else type(instrument).__name__
         known = {s.label: s.instrument for s in self._readout.stations}
         found = known.get(label) or (catalogue.make(instrument) if isinstance(instrument, str) else instrument)
-        batches = self._observer.loop.last if batch is None else [batch]
-        with self.clock.bucket("observe"), self._observer.probe(batches, None) as probe:
-            return self._readout.take_now(label, found, probe)
+        with self.clock.bucket("observe"):
+            probe = self._observer.probe_now(batch)
+            if probe is None:
+                return self._readout.refuse(label, self.step, "no batch was observed yet; pass batch=...")
+            with probe:
+                return self._readout.take_now(label, found, probe)
 
     @property
     def last(self) -> Mapping[str, Mapping[str, Any]]:
@@ -192,8 +196,10 @@ class Cockpit:
         """What a checkpoint needs so that the run goes on as if it had not stopped."""
         if not self.enabled:
             return {}
+        self._observer.settle()
         return {
             "step": self.step,
+            "compared": self._observer.loop.compared,
             "clock": self.clock.state_dict(),
             "readout": self._readout.state_dict(),
             "ending": self._ending.state_dict(),
@@ -204,7 +210,7 @@ class Cockpit:
         """Continue from a checkpoint; records of the resumed log from its step on no longer count."""
         if not self.enabled or not state:
             return
-        self._observer.loop.step = int(state["step"])
+        self._observer.loop.step, self._observer.loop.compared = int(state["step"]), bool(state["compared"])
         self.clock.load_state_dict(state["clock"])
         self._readout.load_state_dict(state["readout"])
         self._ending.load_state_dict(state["ending"])
@@ -214,13 +220,16 @@ class Cockpit:
         """End the run: the outcome is written, the summary printed, hooks and sinks are closed. Safe to call twice."""
         if not self.enabled or self._closed:
             return self.outcome
-        self._observer.close()
         self._closed = True
         atexit.unregister(self._at_exit)
-        self._ending.last_loss = self._observer.last_loss
-        outcome = self._ending.close(self.clock, self.step, status, reason, skips=self._readout.skips)
-        self._recorder.close(outcome)
-        self.clock.stop()
+        try:
+            self._observer.close()
+        finally:
+            given, read = self._observer.last_loss, self.last.get("batch/loss", {}).get("loss")
+            self._ending.last_loss = read if given is None else given
+            outcome = self._ending.close(self.clock, self.step, status, reason, skips=self._readout.skips)
+            self._recorder.close(outcome)
+            self.clock.stop()
         return outcome
 
     def write_text(self, name: str, text: str) -> None:
@@ -243,8 +252,8 @@ class Cockpit:
 
     def _at_exit(self) -> None:
         """The interpreter ends and nobody closed the run: the log says how it ended."""
-        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        self.close(*(_status_of(error) if error is not None else (None, "")))
+        error = _last_error()
+        self.close(*_status_of(None if id(error) == self._earlier_error else error))
 
 
 def batches(*given: Batch) -> list[Batch]:
@@ -255,8 +264,13 @@ def batches(*given: Batch) -> list[Batch]:
     return list(given)
 
 
+def _last_error() -> BaseException | None:
+    """The exception that ended the program; in an interactive session, the last one that was shown."""
+    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+
+
 def _status_of(error: BaseException | None) -> tuple[Status | None, str]:
-    if error is None:
+    if error is None or (isinstance(error, SystemExit) and not error.code):
         return None, ""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "KeyboardInterrupt"

@@ -13,10 +13,10 @@ from cockpit_bench.recorder import Recorder
 from cockpit_bench.runlog import Event
 from cockpit_bench.step_watch import StepWatch
 from instruments.gradient_match import compare_gradient
-from instruments.held import HeldBatches
+from instruments.held import HeldBatches, is_empty
 from instruments.layout import Layout
 from instruments.loss_scale import loss_scale, skipped_inside
-from instruments.objective import Batch, Objective, examples_of
+from instruments.objective import Batch, Objective
 from instruments.probe import Probe, ProbeSettings, total_norm
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
@@ -76,7 +76,7 @@ class Observer:
 
     def _read_before_step(self, stations: list[Station]) -> None:
         loop = self.loop
-        if examples_of(loop.batches[0]) == 0:
+        if is_empty(loop.batches[0]):
             raise Refusal("expected a batch with at least one example, got an empty one; nothing was read at this step")
         needs = frozenset().union(*(s.instrument.needs for s in stations))
         with self.probe(loop.batches, loop.loss) as probe:
@@ -86,7 +86,7 @@ class Observer:
             for station in stations:
                 if "update" not in station.instrument.needs:
                     self._readout.take(station, probe)
-            if "gradient" in needs:
+            if "gradient" in needs and any(g is not None for g in probe.grads):
                 loop.norm = probe.gradient_norm
         later = [s for s in stations if "update" in s.instrument.needs]
         if later:
@@ -162,6 +162,15 @@ class Observer:
             settings=self._settings,
         )
 
+    def probe_now(self, batch: Batch | None) -> Probe | None:
+        """The probe of a reading on demand: of this batch or of the last one observed; None when there is neither."""
+        loop = self.loop
+        if batch is not None:
+            return self.probe([batch], None)
+        if not loop.last and not self.held.batches:
+            return None
+        return self.probe(loop.last, loop.loss if loop.observed else None)
+
     def trouble(self, error: Exception) -> None:
         """Something broke in the cockpit itself: logged once a kind, training goes on."""
         if self._strict:
@@ -188,8 +197,8 @@ class Observer:
         """Once a run: is the loss that the cockpit was given the loss that is trained?"""
         try:
             match = compare_gradient(probe, self._accumulate)
-        except (Refusal, RuntimeError, ValueError, TypeError) as error:
-            self.event("gradient_unchecked", reason=str(error))
+        except Exception as error:  # the user's loss function may raise anything
+            self.event("gradient_unchecked", reason=f"{type(error).__name__}: {error}")
             return
         if match.verdict == "equal":
             return
@@ -203,6 +212,9 @@ class Observer:
             grads = [p.grad for p in Layout.of(unwrapped(self._model)).params]
             after = total_norm(grads) / loss_scale(self._scaler, self._optimizers)
         except Refusal:
+            return
+        except Exception as error:
+            self.trouble(error)
             return
         assert before is not None
         norms = torch.stack([before, after.to(before)]).tolist()

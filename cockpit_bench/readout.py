@@ -47,6 +47,13 @@ class Station:
     def retired(self) -> bool:
         return self.failures >= FAILURES_TO_RETIRE
 
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "slot"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.state_dict():
+            setattr(self, name, state[name])
+
 
 class Readout:
     """The stations of a run, their budget, and what a reading becomes in the log."""
@@ -93,8 +100,16 @@ class Readout:
         known = {s.label: s for s in self.stations}
         station = known.get(label) or Station(Slot(label, instrument, never))
         with self._clock.bucket("observe", key=label):
-            reading, _ = self._reading(station, probe)
+            reading, fault = self._reading(station, probe)
+            if fault is None:
+                station.skipped = 0
             self._emit(reading)
+        return reading
+
+    def refuse(self, label: str, step: int, reason: str) -> Reading:
+        """A reading on demand that there is nothing to take from."""
+        reading = Reading(label, step, self._clock.training, "failed", reason=reason)
+        self._emit(reading)
         return reading
 
     def _reading(self, station: Station, probe: Probe) -> tuple[Reading, Exception | None]:
@@ -138,10 +153,7 @@ class Readout:
     def state_dict(self) -> dict[str, Any]:
         return {
             "budget": self._budget.state_dict(),
-            "stations": {
-                s.label: {"state": s.state, "expected_seconds": s.expected_seconds, "failures": s.failures}
-                for s in self.stations
-            },
+            "stations": {station.label: station.state_dict() for station in self.stations},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -150,8 +162,7 @@ class Readout:
         for station in self.stations:
             saved = state["stations"].get(station.label)
             if saved is not None:
-                station.state = saved["state"]
-                station.expected_seconds, station.failures = saved["expected_seconds"], saved["failures"]
+                station.load_state_dict(saved)
 
 
 def plain_values(instrument: Instrument, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:

@@ -33,7 +33,7 @@ class Recorder:
         interactive: bool,
     ) -> None:
         self.memory = MemorySink(KEPT_IN_MEMORY)
-        self._clock, self._begun = clock, False
+        self._clock, self._begun, self._closed = clock, False, False
         self.folder = RunFolder.create(logdir, resume=resume) if logdir is not None else None
         self._resumed = self.folder is not None and self.folder.log_path.exists()
         own: list[Sink] = [self.memory]
@@ -49,7 +49,12 @@ class Recorder:
         self._fanout = Fanout([*own, *given])
 
     def write(self, record: Record) -> None:
-        """To every sink, in the log bucket. Never raises: a sink that fails is switched off with a message."""
+        """To every sink, in the log bucket. Never raises: a sink that fails is switched off with a message.
+
+        What comes after the outcome is not part of the run.
+        """
+        if self._closed:
+            return
         with self._clock.bucket("log"):
             if not self._begun:
                 self._begin(record)
@@ -65,12 +70,15 @@ class Recorder:
 
     def progress(self, step: int) -> None:
         """The status file says how far the run is."""
+        if self._closed:
+            return
         with self._clock.bucket("log"):
             self._status({"state": "running", "pid": os.getpid(), "step": step, "seconds": self._clock.training})
 
     def close(self, outcome: Outcome) -> None:
         """Write the outcome, close the sinks, and leave the final status."""
         self.write(outcome)
+        self._closed = True
         self._fanout.close()
         state = {"state": "finished", "outcome": outcome.status, "step": outcome.step, "seconds": outcome.seconds}
         self._status({**state, "reason": outcome.reason})

@@ -1,9 +1,11 @@
 """Is the loss that is measured the loss that is trained? The recomputed gradient against `.grad`."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from instruments.refusal import Refusal
 
@@ -27,25 +29,33 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     """Costs one gradient on the step's batch.
 
     Different: random masks (cannot be compared), a constant factor (accumulation, loss scale, clipping before observe,
-    a summed loss). A difference in direction that no random number explains is the user's to mend.
+    a summed loss), clipping by value, micro-batches of unequal size that count alike. A difference in direction that
+    none of these explains is the user's to mend.
     """
     recomputed_D, random = probe.recomputed_gradient()
     stored_D = probe.layout.join(probe.unscaled_grads)
     norms = torch.stack([stored_D.norm(), recomputed_D.norm(), torch.dot(stored_D, recomputed_D)]).double().tolist()
     stored, recomputed, dot = norms
-    if not all(map(_finite, norms)):
+    if not all(map(math.isfinite, norms)):
         return GradientMatch("explained", float("nan"), float("nan"), "the gradient is not finite")
     if stored == 0 or recomputed == 0:
         if stored == recomputed:
             return GradientMatch("equal", 1.0, 1.0, "")
         raise Refusal(f"one gradient is zero: |.grad| = {stored:.3g}, recomputed {recomputed:.3g}")
     cosine, ratio = dot / (stored * recomputed), stored / recomputed
-    if cosine > SAME_DIRECTION and abs(ratio - 1) < EQUAL + (1 - cosine):
+    # Rounding (autocast) that turns the vector by an angle may stretch it as much.
+    angle = math.sqrt(max(0.0, 2 - 2 * cosine))
+    if cosine > SAME_DIRECTION and abs(ratio - 1) < EQUAL + angle:
         return GradientMatch("equal", cosine, ratio, "")
     if random:
         return GradientMatch("explained", cosine, ratio, "the forward draws random numbers (dropout): other masks")
     if cosine > SAME_DIRECTION:
         return GradientMatch("explained", cosine, ratio, _factor(ratio, accumulate))
+    if _clipped_by_value(stored_D, recomputed_D):
+        return GradientMatch("explained", cosine, ratio, "the elements of .grad were clipped before observe()")
+    if accumulate > 1 and _parallel(stored_D, probe.recomputed_gradient(weighted=False)[0]):
+        reason = "the micro-batches count alike in .grad, and by their size in the loss of the step"
+        return GradientMatch("explained", cosine, ratio, reason)
     return GradientMatch(
         "unexplained", cosine, ratio,
         f"the gradient of the loss given to the cockpit points elsewhere than .grad (cosine {cosine:.3f}): the loss "
@@ -54,13 +64,19 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     )  # fmt: skip
 
 
+def _clipped_by_value(stored_D: Tensor, recomputed_D: Tensor) -> bool:
+    limit = stored_D.abs().max()
+    clipped_D = recomputed_D.clamp(-limit, limit)
+    return bool(recomputed_D.abs().max() > limit) and bool((stored_D - clipped_D).norm() < 1e-2 * clipped_D.norm())
+
+
+def _parallel(one_D: Tensor, other_D: Tensor) -> bool:
+    return bool(torch.dot(one_D, other_D) > SAME_DIRECTION * one_D.norm() * other_D.norm())
+
+
 def _factor(ratio: float, accumulate: int) -> str:
     if accumulate > 1 and abs(ratio / accumulate - 1) < 1e-2:
         return f"the {accumulate} accumulated losses were added, not averaged: .grad is {ratio:.4g} times their mean"
     if ratio > 1:
         return f".grad is {ratio:.4g} times the gradient of the loss: a loss scale (pass scaler=...) or a summed loss"
     return f".grad is {ratio:.4g} times the gradient of the loss: clipped before observe(), or the loss was divided"
-
-
-def _finite(x: float) -> bool:
-    return x == x and abs(x) != float("inf")

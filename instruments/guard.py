@@ -9,8 +9,11 @@ file, a global).
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +32,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     undo: list[Undo] = []
     try:
-        undo.append(_global_random_states())
-        undo.append(_module_random_states(model))
+        undo.append(RandomStates.of(model).put_back)
         undo.append(_training_flags(model))
         undo.append(_gradients(model))
         undo.append(_buffers(model))
@@ -42,63 +44,79 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def pin(model: nn.Module, seed: int) -> None:
     """Seed every random stream that `untouched` saves, so that two evaluations draw the same dropout masks."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    for generator in _owned_generators(model):
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
-        elif isinstance(generator, random.Random):
-            generator.seed(seed)
-        else:
-            generator.bit_generator.state = np.random.Generator(type(generator.bit_generator)(seed)).bit_generator.state
+    for stream in _streams(model):
+        stream.seed(seed)
 
 
-def _global_random_states() -> Undo:
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else None
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    numpy_state, python_state = np.random.get_state(), random.getstate()
+@dataclass(frozen=True)
+class Stream:
+    """One source of random numbers: how its state is read, put back and seeded."""
 
-    def put_back() -> None:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-
-    return put_back
+    get: Callable[[], Any]
+    set: Callable[[Any], object]
+    seed: Callable[[int], object]
 
 
-def _cuda_in_use() -> bool:
-    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+@dataclass(frozen=True)
+class RandomStates:
+    """Where every random stream that a forward of a model may draw from stands."""
+
+    saved: Sequence[tuple[Stream, Any]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "RandomStates":
+        return cls([(stream, stream.get()) for stream in _streams(model)])
+
+    def put_back(self) -> None:
+        for stream, state in self.saved:
+            stream.set(state)
+
+    def moved(self) -> bool:
+        """Whether anything was drawn since."""
+        return not all(_same(stream.get(), state) for stream, state in self.saved)
 
 
-def _owned_generators(model: nn.Module) -> list[torch.Generator | np.random.Generator | random.Random]:
-    kinds = (torch.Generator, np.random.Generator, random.Random)
-    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, kinds)]
+def _streams(model: nn.Module) -> list[Stream]:
+    # torch.manual_seed would also leave a seed for devices that nobody has used yet.
+    streams = [
+        Stream(torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
+        Stream(np.random.get_state, np.random.set_state, lambda seed: np.random.seed(seed % 2**32)),
+        Stream(random.getstate, random.setstate, random.seed),
+    ]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        streams.append(Stream(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, torch.cuda.manual_seed_all))
+    if torch.backends.mps.is_available():
+        streams.append(Stream(torch.mps.get_rng_state, torch.mps.set_rng_state, torch.mps.manual_seed))
+    owned = [value for module in model.modules() for value in vars(module).values()]
+    return streams + [_stream_of(value) for value in owned if isinstance(value, _GENERATORS)]
 
 
-def _module_random_states(model: nn.Module) -> Undo:
-    undo: list[Undo] = []
-    for generator in _owned_generators(model):
-        if isinstance(generator, torch.Generator):
-            state = generator.get_state()
-            undo.append(lambda g=generator, s=state: g.set_state(s))  # type: ignore[misc]
-        elif isinstance(generator, random.Random):
-            python_state = generator.getstate()
-            undo.append(lambda g=generator, s=python_state: g.setstate(s))  # type: ignore[misc]
-        else:
-            bits = generator.bit_generator
-            undo.append(lambda b=bits, s=bits.state: setattr(b, "state", s))  # type: ignore[misc]
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
-    def put_back() -> None:
-        for one in undo:
-            one()
 
-    return put_back
+def _stream_of(generator: Any) -> Stream:
+    if isinstance(generator, torch.Generator):
+        return Stream(generator.get_state, generator.set_state, generator.manual_seed)
+    if isinstance(generator, random.Random):
+        return Stream(generator.getstate, generator.setstate, generator.seed)
+    if isinstance(generator, np.random.RandomState):
+        return Stream(generator.get_state, generator.set_state, lambda seed: generator.seed(seed % 2**32))
+    bits = generator.bit_generator
+    put = partial(setattr, bits, "state")
+    return Stream(lambda: bits.state, put, lambda seed: put(type(bits)(seed).state))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equality of random states, which are nested tensors, arrays and numbers."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, Mapping):
+        return all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return all(map(_same, one, other))
+    return bool(one == other)
 
 
 def _training_flags(model: nn.Module) -> Undo:

@@ -8,10 +8,15 @@ the user, or collected from the first ones seen, and then held.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from instruments.objective import Batch, bytes_of, clone_of, examples_of
+from instruments.objective import Batch, bytes_of, clone_of, examples_of, tensors_of
 
 EXAMPLES = 512
 BYTES = 256 * 2**20
+
+
+def is_empty(batch: Batch) -> bool:
+    """True for tensors of no examples; a batch in which no tensor can be seen is taken for one that has some."""
+    return examples_of(batch) == 0 and any(t.ndim for t in tensors_of(batch))
 
 
 class HeldBatches:
@@ -23,7 +28,7 @@ class HeldBatches:
 
     def __init__(self, given: Iterable[Batch] | None = None) -> None:
         self.batches: list[Batch] = [] if given is None else list(given)
-        if given is not None and not any(examples_of(batch) for batch in self.batches):
+        if given is not None and all(map(is_empty, self.batches)):
             raise ValueError(
                 "expected probe batches with at least one example, got none; pass probe=batches(b1, b2, ...) "
                 "or leave it out to hold the first batches of training."
@@ -40,10 +45,13 @@ class HeldBatches:
         for batch in batches:
             if self.complete:
                 return
+            if is_empty(batch):
+                continue
             room = self.examples + examples_of(batch) <= EXAMPLES and self._bytes() + bytes_of(batch) <= BYTES
             if not self.batches or room:
                 self.batches.append(clone_of(batch))
-            self.complete = not room or self.examples >= EXAMPLES
+            # A batch whose size cannot be seen is held alone: nobody knows when there are enough of them.
+            self.complete = not room or self.examples >= EXAMPLES or not examples_of(batch)
 
     def shrink(self) -> bool:
         """After running out of memory: stop keeping graphs, then drop half of the batches. False when none can go."""
@@ -57,7 +65,7 @@ class HeldBatches:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches, "complete": self.complete, "keep_graphs": self.keep_graphs}
+        return {"batches": list(self.batches), "complete": self.complete, "keep_graphs": self.keep_graphs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The batches of the checkpoint are held, so that a resumed run reads the same curve."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
-from instruments.guard import untouched
+from instruments.guard import RandomStates, untouched
 from instruments.held import HeldBatches
 from instruments.layout import Layout
 from instruments.objective import Batch, Call, Objective, Parts
@@ -126,13 +126,16 @@ class Probe(AbstractContextManager["Probe"]):
         with torch.no_grad():
             return pooled_loss(self.objective, [self._parts(self.module, batch) for batch in self.batches])
 
-    def recomputed_gradient(self) -> tuple[Tensor, bool]:
-        """Gradient of the loss on the step's batches, shape (D,), and whether its forward drew random numbers."""
+    def recomputed_gradient(self, *, weighted: bool = True) -> tuple[Tensor, bool]:
+        """Gradient of the loss on the step's batches, shape (D,), and whether its forward drew random numbers.
+
+        `weighted=False` averages over the micro-batches whatever their size.
+        """
         with torch.enable_grad(), self.running(held=False, differentiable=False):
-            before = torch.get_rng_state()
+            before = RandomStates.of(self.module)
             parts = [self.objective.parts(self.module, batch) for batch in self.batches]
-            random = not torch.equal(before, torch.get_rng_state())
-            loss = pooled_loss(self.objective, parts)
+            random = before.moved()
+            loss = pooled_loss(self.objective, parts) if weighted else torch.stack([p.loss for p in parts]).mean()
             grads = torch.autograd.grad(loss, self.layout.params, allow_unused=True)
         return self.layout.join(grads), random
 

@@ -38,7 +38,14 @@ WORKLOAD = Workload(
     evaluate=classification,
     target=lambda data: at_least("valid_accuracy", TARGET),
     batch_size=64,
-    steps=1000,
+    steps=600,
     evaluate_every=20,
-    baselines={"sgd": {"lr": 0.1}},
+    baselines={
+        "sgd": {"lr": 0.3},
+        "momentum": {"lr": 0.07, "momentum": 0.9},
+        "nesterov": {"lr": 0.07, "momentum": 0.9},
+        "adam": {"lr": 0.007},
+        "adamw": {"lr": 0.007, "weight_decay": 0.01},
+        "rmsprop": {"lr": 0.003},
+    },
 )

@@ -106,6 +106,11 @@ WORKLOAD = Workload(
     steps=200,
     evaluate_every=5,
     baselines={
-        "sgd": {"lr": 0.02},
+        "sgd": {"lr": 0.025},
+        "momentum": {"lr": 0.007, "momentum": 0.9},
+        "nesterov": {"lr": 0.01, "momentum": 0.9},
+        "adam": {"lr": 0.2},
+        "adamw": {"lr": 0.2, "weight_decay": 0.01},
+        "rmsprop": {"lr": 0.05},
     },
 )

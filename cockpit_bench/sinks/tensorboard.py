@@ -19,8 +19,8 @@ class TensorBoardSink(Sink):
 
     `<instrument>/<output>` (`.../0`, `.../1` for vectors of at most 8 entries), `<instrument>/<output>_stderr`,
     `metrics/<name>` for evaluations, `user/<name>` for the user's own scalars, `events/<name>` as text, and with every
-    evaluation `tax/<instrument>`, the seconds that the instrument has taken so far. Larger arrays are left to the log. `purge_step` hides the points that earlier event
-    files of a resumed run have at that step or later.
+    evaluation `tax/<instrument>`, the seconds that the instrument has taken so far. Larger arrays are left to the log.
+    `purge_step` hides the points that earlier event files of a resumed run have at that step or later.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
@@ -50,8 +50,8 @@ class TensorBoardSink(Sink):
             self._write_scalars(reading.instrument, reading.values, reading.step)
             doubts = {f"{output}_stderr": doubt for output, doubt in reading.stderr.items()}
             self._write_scalars(reading.instrument, doubts, reading.step)
-        spent = reading.cost.get("seconds", 0.0)
-        self._tax[reading.instrument] = self._tax.get(reading.instrument, 0.0) + spent
+        if "seconds" in reading.cost:
+            self._tax[reading.instrument] = self._tax.get(reading.instrument, 0.0) + reading.cost["seconds"]
 
     def _write_scalars(self, group: str, values: Mapping[str, Any], step: int) -> None:
         for name, value in values.items():

@@ -24,7 +24,7 @@ class Sharpness(Instrument):
     same number of examples.
     """
 
-    tol: float = 0.04
+    tol: float = 0.06
     max_products: int = 40
 
     outputs: ClassVar[Mapping[str, Output]] = {

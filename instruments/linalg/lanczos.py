@@ -9,6 +9,7 @@ win.
 Shapes: D = size of the operator, k = products so far.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from instruments.operators.operator import Operator
+
+DOUBTED_PRODUCTS, DOUBTED_TOL = 6, 0.03
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,12 @@ def top_eigenvalue(
     *,
     tol: float,
     max_products: int,
+    doubt_below: float = -math.inf,
 ) -> Ritz:
     """Lanczos with full reorthogonalisation (twice) until residual <= tol * |value|.
+
+    A value under `doubt_below` is not believed before `DOUBTED_PRODUCTS` products and a residual of `DOUBTED_TOL`: the
+    start may lack the top eigenvector, and a longer iteration finds it.
 
     Each product costs one synchronisation with the host. A product that is not finite ends the iteration with value
     NaN, not converged. The zero operator has value 0, converged.
@@ -66,7 +73,9 @@ def top_eigenvalue(
         value, residual = float(values_k[-1]), beta_k * abs(float(s_kk[-1, -1]))
         # An invariant subspace: rounding is all that is left of the next vector.
         exhausted = beta_k <= 10 * torch.finfo(operator.dtype).eps * float(np.abs(values_k).max())
-        converged = bool(residual <= tol * abs(value) or exhausted)
+        doubted = value < doubt_below
+        met = residual <= (min(tol, DOUBTED_TOL) if doubted else tol) * abs(value)
+        converged = exhausted or (met and not (doubted and len(alphas) < DOUBTED_PRODUCTS))
         if converged or len(alphas) >= limit:
             s_k = torch.as_tensor(s_kk[:, -1].copy(), dtype=operator.dtype, device=operator.device)
             return Ritz(value, residual, len(alphas), converged, s_k @ basis_kD)

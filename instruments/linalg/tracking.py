@@ -5,9 +5,10 @@ can miss is an eigenvalue that has overtaken the tracked one along a direction t
 is small, the answer is an eigenvalue, and it is not the largest. Three measures against it:
 
 - the start contains the gradient, which is rich in directions of high curvature, and a little of a random vector;
-- a reading that fell by more than `DROP` since the last one is audited: a second iteration from a fresh start, and the
-  larger of the two answers counts (both are lower bounds, so the larger is the better);
-- the first readings after the first, and every `AUDIT_EVERY`-th, are audited whatever they say.
+- a value that fell by more than `DROP` since the last reading is doubted: the iteration goes on for more products and a
+  smaller residual before it is believed;
+- the first readings after the first, and every `AUDIT_EVERY`-th, are audited: a second iteration from a fresh start,
+  and the larger of the two answers counts (both are lower bounds, so the larger is the better).
 
 Shapes: D = size of the operator.
 """
@@ -22,10 +23,10 @@ from torch import Tensor
 from instruments.linalg.lanczos import Ritz, random_start, top_eigenvalue
 from instruments.operators.operator import Operator
 
-HINT, RANDOM = 0.1, 0.02  # weights in a warm start, against 1 for the last Ritz vector
-AUDIT_RANDOM = 0.5  # weight of the random vector in an audit's start, against 1 for the hint
-AUDIT_EVERY, YOUNG, DROP = 10, 3, 0.16
-AUDIT_TOL = 0.03
+HINT, RANDOM = 0.2, 0.02  # weights in a warm start, against 1 for the last Ritz vector
+FRESH_RANDOM = 0.5  # weight of the random vector in a fresh start, against 1 for the hint
+FRESH_TOL = 0.03
+YOUNG, AUDIT_EVERY, DROP = 3, 10, 0.12
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,20 @@ def follow(
     Costs are in `Ritz.products`, audits included. A vector of another size (the model grew, another parameter was
     frozen) starts cold.
     """
-    noise_D = random_start(operator, seed)
-    hint_D = _unit(hint_D)
+    noise_D, hint_D = random_start(operator, seed), _unit(hint_D)
+    fresh_tol = min(tol, FRESH_TOL)
+    fresh_D = hint_D + FRESH_RANDOM * noise_D
     last_D = track.vector_D
     if last_D is None or last_D.shape[0] != operator.size:
-        ritz = top_eigenvalue(operator, noise_D + hint_D, tol=min(tol, AUDIT_TOL), max_products=max_products)
+        ritz = top_eigenvalue(operator, fresh_D, tol=fresh_tol, max_products=max_products)
         return ritz, _remember(ritz, 1)
     last_D = last_D.to(operator.device, operator.dtype)
     sign = torch.where(torch.dot(hint_D, last_D) < 0, -1.0, 1.0)
     start_D = last_D + HINT * sign * hint_D + RANDOM * noise_D
-    ritz = top_eigenvalue(operator, start_D, tol=tol, max_products=max_products)
-    fell = ritz.value < (1 - DROP) * track.value
-    if fell or track.readings < YOUNG or track.readings % AUDIT_EVERY == 0:
-        fresh = hint_D + AUDIT_RANDOM * noise_D
-        audit = top_eigenvalue(operator, fresh, tol=min(tol, AUDIT_TOL), max_products=max_products)
+    floor = (1 - DROP) * track.value
+    ritz = top_eigenvalue(operator, start_D, tol=tol, max_products=max_products, doubt_below=floor)
+    if track.readings < YOUNG or track.readings % AUDIT_EVERY == 0:
+        audit = top_eigenvalue(operator, fresh_D, tol=fresh_tol, max_products=max_products)
         better = audit if audit.value > ritz.value else ritz
         ritz = replace(better, products=ritz.products + audit.products)
     return ritz, _remember(ritz, track.readings + 1)

@@ -36,8 +36,9 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
             if parts.sums_N is None:
                 raise no_examples()
             _refuse_calls(calls, parts.examples)
-            parts.total.backward()  # type: ignore[no-untyped-call]
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
+            # Into the aliases only: a network inside the loss keeps the gradients that wait for its own optimizer.
+            parts.total.backward(inputs=aliases)  # type: ignore[no-untyped-call]
+    except (RuntimeError, AttributeError, ValueError, TypeError) as error:
         raise Refusal(f"BackPACK cannot read this model: {type(error).__name__}: {error}") from error
     check_by_half(problem, batch, parts.sums_N.detach())
     norms_sq_N = torch.zeros(parts.examples, dtype=problem.layout.dtype, device=problem.layout.device)
@@ -64,6 +65,13 @@ def _refuse_unknown_layers(problem: SampleProblem) -> None:
             raise Refusal(f"parameter '{name}' is shared by {len(modules)} modules.")
         if type(modules[0]) not in LAYERS:
             raise Refusal(f"parameter '{name}' sits in {type(modules[0]).__name__}, which has no rule.")
+        if _unsound(modules[0]):
+            raise Refusal(f"parameter '{name}' sits in a convolution with groups or without zero padding.")
+
+
+def _unsound(layer: nn.Module) -> bool:
+    """BatchL2Grad of BackPACK 1.7 is wrong for grouped convolutions and for padding with anything but zeros."""
+    return getattr(layer, "groups", 1) != 1 or getattr(layer, "padding_mode", "zeros") != "zeros"
 
 
 def _shadow(problem: SampleProblem) -> tuple[nn.Module, list[Tensor]]:

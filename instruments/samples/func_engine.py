@@ -25,9 +25,9 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     whole_N, denominator, random = whole_batch(problem, batch)
     leaves, spec = tree_flatten(plain_tree(batch))
     n = whole_N.shape[0]
-    mapped = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n for leaf in leaves]
-    if not any(mapped):
-        raise Refusal(f"no tensor of the batch has the {n} examples as its leading dimension.")
+    mapped = [isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves]
+    if not any(mapped) or any(m and leaf.shape[0] != n for leaf, m in zip(leaves, mapped, strict=True)):
+        raise Refusal(f"not every tensor of the batch has the {n} examples as its leading dimension.")
     params = dict(zip(problem.layout.names, (p.detach() for p in problem.layout.params), strict=True))
 
     def one(values: dict[str, Tensor], *example: Any) -> Tensor:

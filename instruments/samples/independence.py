@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from instruments.guard import RandomStates
 from instruments.objective import Batch, plain_tree
 from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
@@ -36,9 +37,9 @@ def refuse_interaction(alone_N: Tensor, together_N: Tensor) -> None:
 def whole_batch(problem: SampleProblem, batch: Batch) -> tuple[Tensor, Tensor | float, bool]:
     """Per-example loss sums of the batch as one, the loss denominator, and whether the forward drew random numbers."""
     with torch.no_grad(), problem.running():
-        before = torch.get_rng_state()
+        before = RandomStates.of(problem.module)
         parts = problem.objective.parts(problem.module, batch)
-        random = not torch.equal(before, torch.get_rng_state())
+        random = before.moved()
     if parts.sums_N is None:
         raise no_examples()
     return parts.sums_N, parts.denominator, random

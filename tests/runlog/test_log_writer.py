@@ -40,7 +40,16 @@ def path(tmp_path: Path) -> Path:
 def test_header_says_what_wrote_the_log() -> None:
     header = new_header("first", trial="abc", seeds=[1, 2])
     body = json.loads(encode_header(header))
-    assert list(body["versions"]) == ["python", "cockpit-bench", "torch", "numpy"]
+    assert list(body["versions"]) == [
+        "python",
+        "cockpit-bench",
+        "torch",
+        "backpack-for-pytorch",
+        "numpy",
+        "scipy",
+        "tensorboard",
+        "scikit-learn",
+    ]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", body["created"])
     assert body["schema"] == SCHEMA
     assert header_of(parse_line(encode_header(header))) == header

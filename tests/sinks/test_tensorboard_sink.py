@@ -62,7 +62,7 @@ def test_tags_and_values(tmp_path: Path) -> None:
     assert points(found, "gradient/norm/norm") == [(7, 0.5)]
     assert points(found, "gradient/norm/norm_stderr") == [(7, 0.25)]
     assert points(found, "gradient/norm/eight/5") == [(7, 5.0)]
-    assert points(found, "tax/gradient/norm") == [(7, 0.125), (8, 0.5)]
+    assert points(found, "tax/gradient/norm") == [(8, 0.625)]
     assert points(found, "metrics/valid_accuracy") == [(8, 0.75)]
 
 

@@ -1,0 +1,119 @@
+"""Three small networks, their data and a training run with Adam: where curvature readings are compared.
+
+MLP 64-256-256-10 and a CNN on scikit-learn digits, a two-layer causal transformer on the source of the standard
+library; the probe batch is fixed along the run.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+Draw = Callable[[int, torch.Generator], Batch]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)
+    )
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+class Transformer(nn.Module):
+    def __init__(self, vocabulary: int = 96, width: int = 64, layers: int = 2, context: int = 32) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Parameter(torch.randn(context, width) * 0.02)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+            )
+            for _ in range(layers)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x) + self.position
+        for block in self.blocks:
+            h = block(h, src_mask=self.mask)
+        return self.head(self.norm(h)).transpose(1, 2)
+
+
+def digits() -> Draw:
+    x, y = load_digits(return_X_y=True)
+    images, labels = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(y)
+
+    def draw(n: int, generator: torch.Generator) -> Batch:
+        rows = torch.randint(len(images), (n,), generator=generator)
+        return images[rows], labels[rows]
+
+    return draw
+
+
+def source_text() -> Draw:
+    files = sorted(glob.glob(os.path.dirname(os.__file__) + "/*.py"))[:40]
+    text = "".join(open(file, encoding="utf8", errors="ignore").read() for file in files)
+    codes = torch.tensor([min(max(ord(c) - 32, 0), 95) for c in text if ord(c) < 128])
+
+    def draw(n: int, generator: torch.Generator) -> Batch:
+        starts = torch.randint(len(codes) - 40, (n,), generator=generator)
+        windows = torch.stack([codes[i : i + 33] for i in starts])
+        return windows[:, :-1], windows[:, 1:]
+
+    return draw
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`probe` and `batch` in examples."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    data: Callable[[], Draw]
+    probe: int
+    batch: int
+
+
+PROBLEMS = {
+    "mlp": Problem("mlp", mlp, digits, 512, 128),
+    "cnn": Problem("cnn", cnn, digits, 512, 128),
+    "transformer": Problem("transformer", Transformer, source_text, 32, 16),
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The run at one reading: gradients stand in `.grad`, the optimizer has not stepped yet."""
+
+    step: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: Batch
+    probe: Batch
+
+
+def trajectory(problem: Problem, *, seed: int, readings: int, every: int) -> Iterator[Moment]:
+    """Train with Adam at its default rate and stop by before every `every`-th step."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model, draw, loss_fn = problem.model(), problem.data(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    probe = draw(problem.probe, generator)
+    for step in range((readings - 1) * every + 1):
+        x, y = draw(problem.batch, generator)
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        if step % every == 0:
+            yield Moment(step, model, optimizer, (x, y), probe)
+        optimizer.step()

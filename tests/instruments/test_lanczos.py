@@ -1,0 +1,155 @@
+"""The top eigenvalue against dense decompositions, and the ways in which power iteration goes wrong."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instruments.linalg.lanczos import DOUBTED_PRODUCTS, random_start, top_eigenvalue
+from instruments.linalg.tracking import AUDIT_EVERY, Track, follow
+from instruments.operators.operator import DenseOperator
+
+NO_HINT = torch.zeros(62, dtype=torch.float64)
+
+
+def matrix(eigenvalues: list[float], seed: int = 0) -> DenseOperator:
+    g = torch.Generator().manual_seed(seed)
+    n = len(eigenvalues)
+    q, _ = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))
+    return DenseOperator(q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ q.T)
+
+
+class Counting(DenseOperator):
+    products = 0
+
+    def matvec(self, v_D: torch.Tensor) -> torch.Tensor:
+        self.products += 1
+        return super().matvec(v_D)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.sampled_from([1e-2, 1e-4]))
+def test_value_is_a_lower_bound_within_the_residual(seed: int, size: int, tol: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(size, size, generator=g, dtype=torch.float64)
+    operator = Counting(a + a.T)
+    ritz = top_eigenvalue(operator, random_start(operator, seed), tol=tol, max_products=200)
+    eigenvalues = torch.linalg.eigvalsh(a + a.T)
+    top = float(eigenvalues[-1])
+    assert ritz.converged
+    assert ritz.products == operator.products
+    assert ritz.value <= top + 1e-9 * abs(top)
+    assert float((eigenvalues - ritz.value).abs().min()) <= ritz.residual + 1e-9
+    residual = operator.matvec(ritz.vector_D) - ritz.value * ritz.vector_D
+    assert float(residual.norm()) == pytest.approx(ritz.residual, abs=1e-9 * (1 + abs(top)))
+    assert float(ritz.vector_D.norm()) == pytest.approx(1)
+
+
+def test_a_large_negative_eigenvalue_does_not_win() -> None:
+    operator = matrix([-1.5, 1.0, *([0.1] * 20)])
+    assert top_eigenvalue(operator, random_start(operator, 0), tol=1e-6, max_products=50).value == pytest.approx(1.0)
+
+
+def test_a_near_tie_of_opposite_sign_is_resolved() -> None:
+    operator = matrix([1.0, -0.98, *torch.linspace(-0.5, 0.5, 60).tolist()])
+    ritz = top_eigenvalue(operator, random_start(operator, 0), tol=1e-4, max_products=60)
+    assert ritz.converged
+    assert ritz.value == pytest.approx(1.0, rel=1e-4)
+
+
+def test_orthogonality_survives_float32() -> None:
+    """Without reorthogonalisation eighty products give ghosts, and the exhausted basis is not noticed."""
+    operator = matrix([100.0, *torch.linspace(0, 1, 80).tolist()])
+    single = DenseOperator(operator._matrix_DD.float())
+    ritz = top_eigenvalue(single, random_start(single, 0), tol=0.0, max_products=200)
+    assert ritz.value == pytest.approx(100.0, rel=1e-5)
+    assert ritz.products <= 81
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_zero_operator_and_small_sizes(size: int) -> None:
+    operator = DenseOperator(torch.zeros(size, size, dtype=torch.float64))
+    ritz = top_eigenvalue(operator, random_start(operator, 0), tol=1e-3, max_products=10)
+    assert (ritz.value, ritz.residual, ritz.converged, ritz.products) == (0.0, 0.0, True, 1)
+
+
+def test_all_negative_spectrum_has_a_negative_top() -> None:
+    operator = matrix([-3.0, -2.0, -0.5, -1.0])
+    assert top_eigenvalue(operator, random_start(operator, 0), tol=1e-8, max_products=9).value == pytest.approx(-0.5)
+
+
+def test_running_out_of_products_is_said() -> None:
+    operator = matrix(torch.linspace(0.9, 1, 50).tolist())
+    ritz = top_eigenvalue(operator, random_start(operator, 0), tol=1e-9, max_products=4)
+    assert (ritz.converged, ritz.products) == (False, 4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_product_that_is_not_finite_ends_it(bad: float) -> None:
+    operator = DenseOperator(torch.full((3, 3), bad, dtype=torch.float64))
+    ritz = top_eigenvalue(operator, random_start(operator, 0), tol=1e-3, max_products=10)
+    assert math.isnan(ritz.value)
+    assert not ritz.converged
+
+
+def test_random_start_depends_on_the_seed_alone() -> None:
+    operator = matrix([1.0, 2.0, 3.0])
+    state = torch.get_rng_state()
+    first, again, other = (random_start(operator, s) for s in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_doubt_makes_the_iteration_go_on() -> None:
+    """Started on the second eigenvector with a speck of the first, two products converge to the wrong one."""
+    operator = matrix([2.0, 1.0, *torch.linspace(0, 0.3, 30).tolist()])
+    _, vectors = torch.linalg.eigh(operator._matrix_DD)
+    start = vectors[:, -2] + 0.01 * vectors[:, -1]
+    trusting = top_eigenvalue(operator, start, tol=0.05, max_products=40)
+    doubting = top_eigenvalue(operator, start, tol=0.05, max_products=40, doubt_below=1.5)
+    assert trusting.value == pytest.approx(1.0, rel=1e-2)
+    assert doubting.value == pytest.approx(2.0, rel=1e-6)
+    assert doubting.products <= DOUBTED_PRODUCTS
+
+
+def drifting(t: float) -> DenseOperator:
+    """Two eigenvalues cross at t = 0.5; a lower bulk stays."""
+    return matrix([2.0 - t, 1.0 + t, *torch.linspace(0, 0.4, 60).tolist()])
+
+
+def test_a_warm_reading_is_cheap() -> None:
+    track, costs = Track(), []
+    for i in range(30):
+        operator = drifting(0.01 * i)
+        ritz, track = follow(operator, track, NO_HINT, tol=0.05, max_products=40, seed=i)
+        assert ritz.value == pytest.approx(2.0 - 0.01 * i, rel=0.01)
+        costs.append(ritz.products)
+    assert costs[0] >= 4
+    assert sorted(costs)[len(costs) // 2] <= 2
+
+
+def test_an_overtaken_vector_is_found_by_the_audit() -> None:
+    """Sitting on an exact eigenvector that is no longer the top: nothing but the fresh start can tell."""
+    operator = matrix([2.0, 1.0, *torch.linspace(0, 0.4, 60).tolist()])
+    _, vectors = torch.linalg.eigh(operator._matrix_DD)
+    track = Track(readings=AUDIT_EVERY - 1, value=1.0, vector_D=vectors[:, -2].clone())
+    values = []
+    for i in range(2):
+        ritz, track = follow(operator, track, NO_HINT, tol=0.05, max_products=40, seed=i)
+        values.append(ritz.value)
+        assert track.readings == AUDIT_EVERY + i
+    assert values[1] == pytest.approx(2.0, rel=0.01)
+
+
+def test_memory_of_another_size_or_of_a_broken_model_starts_cold() -> None:
+    operator = matrix([3.0, 1.0, 0.5, 0.1])
+    ritz, _ = follow(operator, Track(5, 9.0, torch.ones(7)), NO_HINT[:4], tol=1e-6, max_products=9, seed=0)
+    assert ritz.value == pytest.approx(3.0)
+    broken = DenseOperator(torch.full((4, 4), math.nan, dtype=torch.float64))
+    _, track = follow(broken, Track(5, 3.0, torch.ones(4)), NO_HINT[:4], tol=1e-6, max_products=9, seed=0)
+    assert track.vector_D is None
+    ritz, _ = follow(operator, track, NO_HINT[:4] * math.nan, tol=1e-6, max_products=9, seed=0)
+    assert ritz.value == pytest.approx(3.0)
