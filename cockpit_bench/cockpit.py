@@ -227,6 +227,7 @@ class Cockpit:
         finally:
             given, read = self._observer.last_loss, self.last.get("batch/loss", {}).get("loss")
             self._ending.last_loss = read if given is None else given
+            self.clock.stop()  # so that the buckets of the outcome are of one moment
             outcome = self._ending.close(self.clock, self.step, status, reason, skips=self._readout.skips)
             self._recorder.close(outcome)
             self.clock.stop()

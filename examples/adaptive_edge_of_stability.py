@@ -18,7 +18,7 @@ from cockpit_bench import Cockpit, Reading, batches
 from instruments.curvature.preconditioned_sharpness import PreconditionedSharpness
 
 STEPS = {1e-4: 3000, 3e-4: 2000, 1e-3: 2000}
-SMOKE_STEPS = 100
+SMOKE_STEPS = 60
 TOLERANCE = 0.05
 
 

@@ -151,10 +151,14 @@ def tensors_of(batch: Batch) -> list[Tensor]:
 
 
 def examples_of(batch: Batch) -> int:
-    """Examples in a batch: the leading dimension of its first tensor, or the length of a list of ragged tensors."""
-    if isinstance(batch, list) and batch and all(isinstance(b, Tensor) for b in batch) and len(batch) != 2:
+    """Examples in a batch: the leading dimension of its first tensor, or the length of a list of ragged tensors.
+
+    Ragged means of different lengths: loaders also give lists of fields, whose leading dimensions agree.
+    """
+    sized = [t for t in tensors_of(batch) if t.ndim]
+    if isinstance(batch, list) and len(sized) == len(batch) and len({len(t) for t in sized}) > 1:
         return len(batch)
-    first = next((t for t in tensors_of(batch) if t.ndim), None)
+    first = sized[0] if sized else None
     return 0 if first is None else first.shape[0]
 
 

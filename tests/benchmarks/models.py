@@ -4,10 +4,10 @@ MLP 64-256-256-10 and a CNN on scikit-learn digits, a two-layer causal transform
 library; the probe batch is fixed along the run.
 """
 
-import glob
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -62,8 +62,8 @@ def digits() -> Draw:
 
 
 def source_text() -> Draw:
-    files = sorted(glob.glob(os.path.dirname(os.__file__) + "/*.py"))[:40]
-    text = "".join(open(file, encoding="utf8", errors="ignore").read() for file in files)
+    files = sorted(Path(os.__file__).parent.glob("*.py"))[:40]
+    text = "".join(file.read_text(encoding="utf8", errors="ignore") for file in files)
     codes = torch.tensor([min(max(ord(c) - 32, 0), 95) for c in text if ord(c) < 128])
 
     def draw(n: int, generator: torch.Generator) -> Batch:

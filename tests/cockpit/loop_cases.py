@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 SEED, N, FEATURES, CLASSES = 7, 12, 6, 3
+CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
 class Reshaped(nn.Module):
@@ -67,7 +68,7 @@ class Noisy(nn.Module):
         self.layers = mlp()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x + 0.1 * self.draw(self.owned) if self.training else x)
+        out: Tensor = self.layers(x + self.draw(self.owned) if self.training else x)
         return out
 
 
@@ -122,7 +123,7 @@ class Case:
     name: str
     model: Callable[[], nn.Module]
     optimizers: Callable[[nn.Module], Sequence[Any]] = sgd
-    loss: Any = nn.CrossEntropyLoss()
+    loss: Any = CROSS_ENTROPY
     batch: Callable[[int], Any] = rows
     accumulate: int = 1
     undefined: tuple[tuple[str, str], ...] = ()
@@ -133,7 +134,7 @@ def _torch_noise() -> nn.Module:
 
 
 def _global_noise(_: Any) -> float:
-    return float(np.random.standard_normal()) + random.random() + torch.rand(()).item()
+    return float(np.random.uniform(-3, 3)) + random.random() + torch.rand(()).item()
 
 
 CASES = (

@@ -7,7 +7,7 @@ from loop_cases import Training
 from cockpit_bench import Cockpit, Event, Reading
 from instruments import catalogue
 
-EVERYTHING = {name: 1 for name in catalogue.names()}
+EVERYTHING = dict.fromkeys(catalogue.names(), 1)
 
 
 def watch(training: Training, **settings: Any) -> Cockpit:

@@ -1,0 +1,178 @@
+"""What one curvature reading costs along a training run, in products and in gradients, and how wrong it is.
+
+    python tests/benchmarks/curvature_cost.py [mlp cnn transformer] [--readings 41] [--json]
+
+One thread. Unit g: median CPU seconds of one gradient of the mean loss on the probe batch, measured at every reading
+beside the methods. Reference: Lanczos from a random start to a residual of 1e-5. Ours are tracked readings (audits
+included, the first reading left out); the peers, where they are installed, read the same weights cold, and none of them
+offers rho. Errors are relative to the reference.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from models import PROBLEMS, Moment, Problem, trajectory
+from torch import nn
+
+from instruments import Instrument, Probe, View
+from instruments.curvature.preconditioned_sharpness import PreconditionedSharpness
+from instruments.curvature.sharpness import Sharpness
+from instruments.held import HeldBatches
+from instruments.linalg.lanczos import random_start, top_eigenvalue
+from instruments.objective import as_objective
+
+LOSS = nn.CrossEntropyLoss()
+Row = tuple[float, float, int]  # cost in g, relative error, products (-1: unknown)
+
+
+def seconds_of(call: Callable[[], Any]) -> tuple[Any, float]:
+    begun = time.process_time()
+    result = call()
+    return result, time.process_time() - begun
+
+
+def unit(moment: Moment) -> float:
+    params = list(moment.model.parameters())
+    x, y = moment.probe
+    times = [seconds_of(lambda: torch.autograd.grad(LOSS(moment.model(x), y), params))[1] for _ in range(5)]
+    return statistics.median(times)
+
+
+def probe_of(moment: Moment) -> Probe:
+    held = HeldBatches([moment.probe])
+    return Probe(moment.model, as_objective(LOSS), [moment.optimizer], [moment.batch], step=moment.step, held=held)
+
+
+class Ours:
+    """A tracked instrument with its memory."""
+
+    def __init__(self, instrument: Instrument, output: str) -> None:
+        self.instrument, self.output, self.state = instrument, output, instrument.init()
+
+    def __call__(self, moment: Moment) -> tuple[float, int]:
+        with probe_of(moment) as probe:
+            view = View(probe, self.instrument.needs)
+            values, self.state = self.instrument.advance(view, self.state)
+        return float(values[self.output]), view.meter.products  # type: ignore[arg-type]
+
+
+def reference(moment: Moment, preconditioned: bool) -> float:
+    with probe_of(moment) as probe:
+        view = View(probe, frozenset({"hessian", "preconditioner"}))
+        operator = view.preconditioned if preconditioned else view.hessian
+        return top_eigenvalue(operator, random_start(operator, 1), tol=1e-5, max_products=300).value
+
+
+def pyhessian(moment: Moment) -> tuple[float, int]:
+    from pyhessian import hessian
+
+    value = hessian(moment.model, LOSS, data=moment.probe, cuda=False).eigenvalues(top_n=1)[0][0]
+    moment.model.train()
+    moment.model.zero_grad()
+    return float(value), -1
+
+
+def curvlinops(moment: Moment) -> tuple[float, int]:
+    import scipy.sparse.linalg as sla
+    from curvlinops import HessianLinearOperator
+
+    params = dict(moment.model.named_parameters())
+    try:
+        operator = HessianLinearOperator(moment.model, LOSS, params, [moment.probe], check_deterministic=False)
+    except (TypeError, ValueError, AttributeError):  # before version 4 it takes a list
+        operator = HessianLinearOperator(
+            moment.model, LOSS, list(params.values()), [moment.probe], check_deterministic=False
+        )
+    size, calls = sum(p.numel() for p in params.values()), 0
+
+    def product(v: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (operator @ torch.from_numpy(np.asarray(v, dtype=np.float32).ravel())).numpy()
+
+    linear = sla.LinearOperator((size, size), matvec=product, dtype=np.float32)
+    return float(sla.eigsh(linear, k=1, which="LA", tol=1e-2, return_eigenvectors=False)[0]), calls
+
+
+def hessian_eigenthings(moment: Moment) -> tuple[float, int]:
+    import hessian_eigenthings as he
+
+    operator = he.HessianOperator(moment.model, [moment.probe], he.supervised_loss(LOSS))
+    return float(he.lanczos(operator, k=1, which="LA", tol=1e-2, max_iter=20, seed=0).eigenvalues[0]), 20
+
+
+def measure(problem: Problem, readings: int, every: int) -> dict[str, list[Row]]:
+    ours = {"sharpness": Ours(Sharpness(), "sharpness"), "rho": Ours(PreconditionedSharpness(), "rho")}
+    rows: dict[str, list[Row]] = {}
+    for index, moment in enumerate(trajectory(problem, seed=0, readings=readings, every=every)):
+        grads = [p.grad for p in moment.model.parameters()]
+        g = unit(moment)
+        truth = {"sharpness": reference(moment, False), "rho": reference(moment, True)}
+        for name, instrument in ours.items():
+            (value, products), seconds = seconds_of(partial(instrument, moment))
+            if index:
+                row = (seconds / g, abs(value / truth[name] - 1), products)
+                rows.setdefault(f"ours: {name}", []).append(row)
+        for peer in (pyhessian, curvlinops, hessian_eigenthings):
+            try:
+                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                    (value, products), seconds = seconds_of(partial(peer, moment))
+            except ImportError:
+                continue
+            row = (seconds / g, abs(value / truth["sharpness"] - 1), products)
+            rows.setdefault(f"{peer.__name__}: sharpness", []).append(row)
+        for p, grad in zip(moment.model.parameters(), grads, strict=True):
+            p.grad = grad
+    return rows
+
+
+def summary(rows: Iterable[Row]) -> dict[str, float]:
+    table = np.array(list(rows))
+    return {
+        "readings": len(table),
+        "products_median": float(np.median(table[:, 2])),
+        "products_mean": float(table[:, 2].mean()),
+        "cost_g_median": float(np.median(table[:, 0])),
+        "cost_g_max": float(table[:, 0].max()),
+        "error_median": float(np.median(table[:, 1])),
+        "error_max": float(table[:, 1].max()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("problems", nargs="*", help=f"of {', '.join(PROBLEMS)} (default: all)")
+    parser.add_argument("--readings", type=int, default=41)
+    parser.add_argument("--every", type=int, default=20, help="steps between readings")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    results = {}
+    for name in arguments.problems or list(PROBLEMS):
+        rows = measure(PROBLEMS[name], arguments.readings, arguments.every)
+        results[name] = {method: summary(row) for method, row in rows.items()}
+        if arguments.json:
+            continue
+        print(f"{name}: {arguments.readings - 1} readings, {arguments.every} steps apart, Adam")
+        for method, s in results[name].items():
+            print(
+                f"  {method:32} products {s['products_median']:5.1f} (mean {s['products_mean']:5.1f})   cost "
+                f"{s['cost_g_median']:6.1f} g (max {s['cost_g_max']:6.1f})   error {s['error_median']:.1e} "
+                f"(max {s['error_max']:.1e})",
+                flush=True,
+            )
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Misuse is an exception when the cockpit is made: what was expected, what was given, what to do. Nothing is left."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loop_cases import CASES, Case, Training, mlp, rows
+from torch import Tensor, nn, optim
+from traces import state_of
+from watching import EVERYTHING, events, readings, watch
+
+from cockpit_bench import Cockpit, at, batches
+from instruments.curvature.sharpness import Sharpness
+from instruments.gradient.norm import Norm
+
+PLAIN = CASES[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"panel": "standrad"}, r"name of a panel, got 'standrad'; did you mean standard"),
+        ({"instruments": {"curvature/sharpnes": 1}}, r"got 'curvature/sharpnes'; did you mean curvature/sharpness"),
+        ({"instruments": {"mine": ("gradient/norms", 1)}}, r"got 'gradient/norms'; did you mean gradient/norm"),
+        ({"panel": {"gradient/nrom": 1}}, r"got 'gradient/nrom'; did you mean gradient/norm"),
+        ({"instruments": {"mine": (Sharpness, 1)}}, r"an instance, not a class"),
+        ({"instruments": {"mine": (Sharpness(), 1, 2)}}, r"expected \(instrument, cadence\) for 'mine'"),
+        ({"instruments": {"gradient/norm": 0}}, r"at least 1, got 0"),
+        ({"instruments": {"gradient/norm": "often"}}, r"at least 1, got 'often'"),
+        ({"budget": 5}, r"between 0 and 1, or None for no limit, got 5"),
+        ({"steps": 0, "panel": "standard"}, r"whole number of at least 1, got 0"),
+        ({"loss": None}, r"expected an nn loss module or a function losses\(call, batch\)"),
+        ({"loss": nn.functional.cross_entropy}, r"pass the module of the same name"),
+        ({"loss": nn.CTCLoss()}, r"got CTCLoss"),
+        ({"probe": []}, r"pass probe=batches"),
+    ],
+)
+def test_misuse_is_named_and_leaves_no_folder(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    training = Training(PLAIN)
+    before = state_of(training.model, training.optimizers)
+    with pytest.raises(ValueError, match=message):
+        watch(training, logdir=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+    assert state_of(training.model, training.optimizers) == before
+    assert len(training.optimizers[0]._optimizer_step_pre_hooks) == 0
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)], ids=["none", "frozen"])
+def test_a_model_without_trainable_parameters(tmp_path: Path, model: nn.Module) -> None:
+    optimizer = optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match=r"with trainable parameters, got one where none.*set requires_grad"):
+        Cockpit(model, optimizer, loss=nn.MSELoss(), logdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    """A file is in the way: also the superuser cannot write there."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"a folder that can be written .* choose another logdir") as caught:
+        watch(Training(PLAIN), logdir=tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in str(caught.value)
+
+
+def test_settings_may_be_given_as_documented(tmp_path: Path) -> None:
+    training = Training(PLAIN)
+    seen: list[Any] = []
+    cockpit = watch(
+        training,
+        panel={"gradient/norm": 2},
+        instruments={"fine": (Sharpness(tol=1e-3), at(0, 3)), "again": ("gradient/norm", lambda step: step == 1)},
+        probe=batches(rows(100), rows(101)),
+        logdir=str(tmp_path / "run"),
+        sinks=[seen.append],
+    )
+    training.run(4, cockpit.observe)
+    assert [r.step for r in readings(cockpit, "gradient/norm")] == [0, 2]
+    assert [r.step for r in readings(cockpit, "again")] == [1]
+    assert [(r.step, r.provenance["examples"]) for r in readings(cockpit, "fine")] == [(0, 24), (3, 24)]
+    assert len(seen) == len(cockpit.records)
+    cockpit.close()
+
+
+def test_the_users_cadence_replaces_the_panels() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, panel="light", instruments={"gradient/norm": (Norm(), 3)})
+    training.run(4, cockpit.observe)
+    assert [r.step for r in readings(cockpit, "gradient/norm")] == [0, 3]
+    assert [r.step for r in readings(cockpit, "batch/loss")] == [0, 1, 2, 3]
+    cockpit.close()
+
+
+def test_an_empty_panel_reads_nothing() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, instruments=None)
+    training.run(3, cockpit.observe)
+    assert cockpit.records == []
+    assert cockpit.step == 3
+    cockpit.close()
+
+
+class Compiled(nn.Module):
+    """What torch.compile gives back: the user's module under another name."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self._orig_mod(x)
+        return out
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DataParallel": nn.DataParallel,
+    "compiled": Compiled,
+    "compiled DataParallel": lambda model: Compiled(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_model_is_read_as_the_module_inside(name: str) -> None:
+    inner = Training(PLAIN)
+    reference = watch(inner)
+    inner.run(3, reference.observe)
+    wrapped = Training(Case("wrapped", lambda: WRAPPERS[name](mlp())))
+    cockpit = watch(wrapped)
+    wrapped.run(3, cockpit.observe)
+    assert [str(r.values) for r in readings(cockpit)] == [str(r.values) for r in readings(reference)]
+    assert {r.instrument for r in readings(cockpit, status="ok")} == set(EVERYTHING)
+    assert not events(cockpit, "observe_failed")
+    for one in (cockpit, reference):
+        one.close()
+
+
+def test_a_module_that_is_really_compiled_is_read_without_compiling() -> None:
+    calls: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return lambda *args: calls.append(1) or graph.forward(*args)
+
+    training = Training(PLAIN)
+    training.model = torch.compile(training.model, backend=backend)
+    cockpit = watch(training)
+    batch, loss = training.backward(0)
+    compiled = len(calls)
+    assert compiled == 1
+    cockpit.observe(batch, loss)
+    training.take_step()
+    assert len(calls) == compiled
+    assert len(readings(cockpit, status="ok")) == len(EVERYTHING)
+    cockpit.close()
