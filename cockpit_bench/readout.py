@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cockpit_bench.cadence import Budget, never
 from cockpit_bench.clock import Clock
 from cockpit_bench.panels import Slot
 from cockpit_bench.runlog import Event, Reading, Record
-from instruments.instrument import Estimate, Instrument, Scalar
+from instruments.instrument import Estimate, Instrument, Scalar, State, Values
 from instruments.probe import Probe, View
 from instruments.refusal import Refusal
 
@@ -118,7 +119,7 @@ class Readout:
         fields: dict[str, Any] = {"status": "ok"}
         fault: Exception | None = None
         try:
-            values, state = station.instrument.advance(view, station.state)
+            values, state = self._advance(station, view, probe)
             fields["values"], fields["stderr"] = plain_values(station.instrument, values)
             station.state, station.price = state, station.instrument.price(view)
         except Exception as error:
@@ -134,6 +135,22 @@ class Readout:
             meter.provenance["skipped"] = station.skipped
         now = self._clock.training
         return Reading(station.label, probe.step, now, cost=cost, provenance=meter.provenance, **fields), fault
+
+    def _advance(self, station: Station, view: View, probe: Probe) -> tuple[Values, State]:
+        """One reading, taken again on less of the probe batches while they do not fit into memory."""
+        before = probe.held.extent
+        while True:
+            try:
+                result = station.instrument.advance(view, station.state)
+                break
+            except torch.OutOfMemoryError:
+                if "hessian" not in station.instrument.needs or not probe.shrink():
+                    raise
+        if probe.held.extent != before:
+            examples, keep_graphs = probe.held.extent
+            detail = {"instrument": station.label, "examples": examples, "graphs_kept": keep_graphs}
+            self._emit(Event(probe.step, self._clock.training, "probe_shrunk", detail))
+        return result
 
     def _failed(self, station: Station, reading: Reading, error: Exception) -> None:
         if self._strict:

@@ -40,6 +40,11 @@ class HeldBatches:
     def examples(self) -> int:
         return sum(map(examples_of, self.batches))
 
+    @property
+    def extent(self) -> tuple[int, bool]:
+        """How much is read: examples, and whether their graphs are kept between products."""
+        return self.examples, self.keep_graphs
+
     def offer(self, batches: Sequence[Batch]) -> None:
         """Hold a copy of these batches if there is room; the first is held whatever its size."""
         for batch in batches:

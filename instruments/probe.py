@@ -88,12 +88,18 @@ class Probe(AbstractContextManager["Probe"]):
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._release()
+        self._stack.close()
+
+    def _release(self) -> None:
         if self._hessian is not None:
             self._hessian.release()
             self._hessian = None
-        for cached in ("_preconditioned",):
-            self.__dict__.pop(cached, None)
-        self._stack.close()
+
+    def shrink(self) -> bool:
+        """Read curvature on less, after running out of memory. False when there is nothing left to give up."""
+        self._release()
+        return self.held.shrink()
 
     def remember(self) -> None:
         """Copy the parameters: called before the optimizer's step when a reading of the step itself is due."""

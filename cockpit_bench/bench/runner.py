@@ -131,8 +131,8 @@ class _Run:
             with clock.bucket("update"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            if not math.isfinite(loss.detach()):
-                return "diverged", f"the training loss is {float(loss)} at step {step - 1}"
+            if not math.isfinite(value := loss.item()):
+                return "diverged", f"the training loss is {value} at step {step - 1}"
             if step % workload.evaluate_every == 0 or step == self.plan.steps:
                 self._evaluate()
                 if cockpit.target_hit and self.plan.trial.stop_at_target:
