@@ -29,8 +29,8 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     """Costs one gradient on the step's batch.
 
     Different: random masks (cannot be compared), a constant factor (accumulation, loss scale, clipping before observe,
-    a summed loss), clipping by value, micro-batches of unequal size that count alike. A difference in direction that
-    none of these explains is the user's to mend.
+    a summed loss), clipping by value, micro-batches of unequal size that count alike, an average over processes. A
+    difference in direction that none of these explains is the user's to mend.
     """
     recomputed_D, random = probe.recomputed_gradient()
     stored_D = probe.layout.join(probe.unscaled_grads)
@@ -48,13 +48,12 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     if cosine > SAME_DIRECTION and abs(ratio - 1) < EQUAL + angle:
         return GradientMatch("equal", cosine, ratio, "")
     if random:
-        return GradientMatch("explained", cosine, ratio, "the forward draws random numbers (dropout): other masks")
-    if cosine > SAME_DIRECTION:
-        return GradientMatch("explained", cosine, ratio, _factor(ratio, accumulate))
-    if _clipped_by_value(stored_D, recomputed_D):
-        return GradientMatch("explained", cosine, ratio, "the elements of .grad were clipped before observe()")
-    if accumulate > 1 and _parallel(stored_D, probe.recomputed_gradient(weighted=False)[0]):
-        reason = "the micro-batches count alike in .grad, and by their size in the loss of the step"
+        reason = "the forward draws random numbers (dropout): other masks"
+    elif cosine > SAME_DIRECTION:
+        reason = _stretched(ratio, accumulate)
+    else:
+        reason = _turned(probe, stored_D, recomputed_D, accumulate)
+    if reason:
         return GradientMatch("explained", cosine, ratio, reason)
     return GradientMatch(
         "unexplained", cosine, ratio,
@@ -62,6 +61,26 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
         "given is not the loss trained, or the batch passed to observe() is not the one that backward() saw. "
         "Every reading of curvature, noise and step describes the loss that was given.",
     )  # fmt: skip
+
+
+def _stretched(ratio: float, accumulate: int) -> str:
+    """Why .grad is longer or shorter."""
+    if accumulate > 1 and abs(ratio / accumulate - 1) < 1e-2:
+        return f"the {accumulate} accumulated losses were added, not averaged: .grad is {ratio:.4g} times their mean"
+    if ratio > 1:
+        return f".grad is {ratio:.4g} times the gradient of the loss: a loss scale (pass scaler=...) or a summed loss"
+    return f".grad is {ratio:.4g} times the gradient of the loss: clipped before observe(), or the loss was divided"
+
+
+def _turned(probe: "Probe", stored_D: Tensor, recomputed_D: Tensor, accumulate: int) -> str:
+    """Why .grad points elsewhere; empty when nothing explains it."""
+    if _clipped_by_value(stored_D, recomputed_D):
+        return "the elements of .grad were clipped before observe()"
+    if accumulate > 1 and _parallel(stored_D, probe.recomputed_gradient(weighted=False)[0]):
+        return "the micro-batches count alike in .grad, and by their size in the loss of the step"
+    if (processes := _processes()) > 1:
+        return f".grad may be averaged over {processes} processes, of which each sees its own batch"
+    return ""
 
 
 def _clipped_by_value(stored_D: Tensor, recomputed_D: Tensor) -> bool:
@@ -74,9 +93,6 @@ def _parallel(one_D: Tensor, other_D: Tensor) -> bool:
     return bool(torch.dot(one_D, other_D) > SAME_DIRECTION * one_D.norm() * other_D.norm())
 
 
-def _factor(ratio: float, accumulate: int) -> str:
-    if accumulate > 1 and abs(ratio / accumulate - 1) < 1e-2:
-        return f"the {accumulate} accumulated losses were added, not averaged: .grad is {ratio:.4g} times their mean"
-    if ratio > 1:
-        return f".grad is {ratio:.4g} times the gradient of the loss: a loss scale (pass scaler=...) or a summed loss"
-    return f".grad is {ratio:.4g} times the gradient of the loss: clipped before observe(), or the loss was divided"
+def _processes() -> int:
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if running else 1

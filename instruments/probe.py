@@ -18,7 +18,7 @@ from torch import Tensor, nn, optim
 from instruments.guard import RandomStates, untouched
 from instruments.held import HeldBatches
 from instruments.layout import Layout
-from instruments.objective import Batch, Call, Objective, Parts
+from instruments.objective import Batch, Call, Objective, Parts, examples_of
 from instruments.operators.hessian import HessianOperator, Piece
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
@@ -183,7 +183,7 @@ class Probe(AbstractContextManager["Probe"]):
             except torch.OutOfMemoryError as error:
                 if not self.held.shrink():
                     raise Refusal(f"out of memory with a single probe batch: {error}") from error
-        meter.provenance.update(batch="held", examples=self.held.examples, route=self._hessian.route)
+        meter.provenance.update(batch="held", examples=self.held.examples or "unknown", route=self._hessian.route)
         return self._hessian
 
     @cached_property
@@ -262,7 +262,7 @@ class View:
         self.meter = Meter(
             provenance={
                 "batch": "step",
-                "examples": None,
+                "examples": sum(map(examples_of, probe.batches)) or "unknown",
                 "mode": probe.settings.mode,
                 "precision": str(probe.layout.dtype).removeprefix("torch."),
             }

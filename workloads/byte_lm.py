@@ -148,7 +148,15 @@ WORKLOAD = Workload(
     evaluate=functools.partial(classification, chunk=128),
     target=target,
     batch_size=32,
-    steps=1000,
+    steps=2500,
     evaluate_every=50,
-    baselines={"adam": {"lr": 3e-3}},
+    # Adam and AdamW reach the target after about 1,650 steps; the others, at the best rates found, miss the budget.
+    baselines={
+        "sgd": {"lr": 0.3},
+        "momentum": {"lr": 0.2, "momentum": 0.9},
+        "nesterov": {"lr": 0.1, "momentum": 0.9},
+        "adam": {"lr": 0.002},
+        "adamw": {"lr": 0.002, "weight_decay": 0.01},
+        "rmsprop": {"lr": 0.0005},
+    },
 )

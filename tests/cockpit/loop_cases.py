@@ -158,6 +158,10 @@ CASES = (
 )
 
 
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
 class Training:
     """A case being trained: `micro_batches(step)` runs backward on each and calls back, `take_step()` does the rest."""
 

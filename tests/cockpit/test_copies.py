@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_cases import CASES, Case, Training
+from loop_cases import CASES, Case, Training, case_named
 from torch import nn
 from traces import differences, state_of
 from watching import watch
@@ -66,7 +66,7 @@ def copy_at(moment: str, way: Callable[[Pair], Pair], case: Case, watched: bool)
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("way", [deep, pickled, saved])
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("dropout", "attention", "two optimizers")], ids=str)
+@pytest.mark.parametrize("case", [case_named(name) for name in ("dropout", "attention", "two optimizers")], ids=str)
 def test_copies_train_on_without_the_cockpit(case: Case, way: Any, moment: str) -> None:
     ends = []
     for watched in (False, True):
@@ -110,7 +110,7 @@ def test_hooks_go_with_the_cockpit() -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "accumulation"])
 def test_nothing_outlives_a_closed_cockpit(name: str) -> None:
-    training = Training(next(case for case in CASES if case.name == name))
+    training = Training(case_named(name))
     cockpit = watch(training)
     training.run(3, cockpit.observe)
     cockpit.observe(*training.backward(3))

@@ -48,9 +48,14 @@ def log_is_intact(folder: Path, steps: int) -> None:
 )
 def test_an_exception_inside_with_is_the_outcome(tmp_path: Path, error: Any, status: str, reason: str) -> None:
     training = Training(PLAIN)
-    with pytest.raises(type(error)), watch(training, logdir=tmp_path / "run") as cockpit:
-        training.run(3, cockpit.observe)
-        raise error
+
+    def loop() -> None:
+        with watch(training, logdir=tmp_path / "run") as cockpit:
+            training.run(3, cockpit.observe)
+            raise error
+
+    with pytest.raises(type(error)):
+        loop()
     outcome = outcome_of(tmp_path / "run")
     assert (outcome.status, outcome.reason, outcome.step) == (status, reason, 3)
     log_is_intact(tmp_path / "run", 3)
@@ -65,14 +70,18 @@ def test_an_exception_anywhere_in_the_loop(tmp_path: Path, where: str) -> None:
         if where == "in the data":
             raise OSError("no such file")
 
-    with pytest.raises(OSError, match="no such file"), watch(training, logdir=tmp_path / "run") as cockpit:
-        for step in cockpit.batches(loader()):
-            cockpit.observe(*training.backward(step))
-            if where == "before the step" and step == 2:
+    def loop() -> None:
+        with watch(training, logdir=tmp_path / "run") as cockpit:
+            for step in cockpit.batches(loader()):
+                cockpit.observe(*training.backward(step))
+                if where == "before the step" and step == 2:
+                    raise OSError("no such file")
+                training.take_step()
+            with cockpit.evaluating():
                 raise OSError("no such file")
-            training.take_step()
-        with cockpit.evaluating():
-            raise OSError("no such file")
+
+    with pytest.raises(OSError, match="no such file"):
+        loop()
     outcome = outcome_of(tmp_path / "run")
     assert (outcome.status, outcome.step) == ("error", 2 if where == "before the step" else 3)
     assert sum(outcome.buckets.values()) == pytest.approx(outcome.wall)

@@ -1,5 +1,6 @@
 """An instrument never stops training, a sink never does, and neither does the cockpit itself."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,13 +8,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from loop_cases import CASES, Case, Training, mlp
+from loop_cases import CASES, Training
 from torch import Tensor
 from traces import differences, state_of
 from watching import EVERYTHING, events, readings, values, watch
 
-from cockpit_bench import Cockpit, Event, Gauge, Output, Refusal
+from cockpit_bench import Cockpit, Gauge, Output, Refusal
 from cockpit_bench.sinks import Sink
 from instruments.instrument import Values
 from instruments.probe import Need, View
@@ -27,7 +27,6 @@ class Flaky(Gauge):
 
     refuses: tuple[int, ...] = ()
     breaks: tuple[int, ...] = ()
-    late: bool = False
 
     outputs: ClassVar[Mapping[str, Output]] = {"step": Output("1", "the step")}
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -68,8 +67,8 @@ def test_a_stretch_of_failures_is_one_record(kind: Any) -> None:
     failed = [step for step, status in found if status == "failed"]
     assert failed == [2, 5, 7]
     assert [step for step, status in found if status == "ok"] == [0, 1, 4, 6, 8, 9]
-    reasons = [r.reason for r in readings(cockpit, "flaky", "failed")]
-    assert reasons == ["not at this step; try another.", "ZeroDivisionError: float division by zero"] + reasons[:1]
+    refused, broken = "not at this step; try another.", "ZeroDivisionError: division by zero"
+    assert [r.reason for r in readings(cockpit, "flaky", "failed")] == [refused, broken, refused]
     assert not events(cockpit, "retired")
 
 
@@ -80,7 +79,7 @@ def test_three_failures_in_a_row_retire_an_instrument(kind: Any) -> None:
     (event,) = events(cockpit, "retired")
     assert event.step == 6
     assert event.detail == {
-        "instrument": "flaky", "failures": 3, "reason": "ZeroDivisionError: float division by zero"
+        "instrument": "flaky", "failures": 3, "reason": "ZeroDivisionError: division by zero"
     }  # fmt: skip
 
 
@@ -109,14 +108,16 @@ class Odd(Flaky):
     ],
 )
 def test_what_was_not_declared_is_a_failure(gives: Any, reason: str) -> None:
-    import re
-
     cockpit = run(Odd(gives=gives), steps=2)
     assert re.search(reason, readings(cockpit, "flaky", "failed")[0].reason)
 
 
 def test_arrays_and_tensors_become_plain_values() -> None:
-    for gives, plain in ((torch.tensor(2.0), 2.0), (np.float32(3), 3.0), (torch.tensor(1.5, dtype=torch.bfloat16), 1.5)):
+    for gives, plain in (
+        (torch.tensor(2.0), 2.0),
+        (np.float32(3), 3.0),
+        (torch.tensor(1.5, dtype=torch.bfloat16), 1.5),
+    ):
         value = values(run(Odd(gives={"step": gives}), steps=1), "flaky", "step")[0]
         assert (value, type(value)) == (plain, float)
 
@@ -210,29 +211,6 @@ def test_a_model_that_freezes_on_the_way() -> None:
     cockpit.close()
 
 
-def memory_for(examples: int) -> Any:
-    """A loss whose second derivative needs memory for no more than that many examples at a time."""
-
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x.square()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            (x,) = ctx.saved_tensors
-            return grad * 2 * x
-
-    held: list[int] = []
-
-    def losses(call: Any, batch: Any) -> Tensor:
-        held.append(len(batch[0]))
-        return F.cross_entropy(call(batch[0]), batch[1], reduction="none")
-
-    return losses, Square, held
-
-
 def test_out_of_memory_halves_the_probe_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products on more than two batches do not fit, whether their graphs are kept or not."""
     from instruments.operators.hessian import HessianOperator
@@ -245,7 +223,7 @@ def test_out_of_memory_halves_the_probe_and_goes_on(monkeypatch: pytest.MonkeyPa
         return product(self, v_D)
 
     monkeypatch.setattr(HessianOperator, "matvec", narrow)
-    training = Training(Case("plain", mlp))
+    training = Training(PLAIN)
     probe = [PLAIN.batch(100 + i) for i in range(8)]
     cockpit = watch(training, probe=probe, instruments={"curvature/sharpness": 1, "gradient/norm": 1})
     training.run(3, cockpit.observe)
@@ -272,8 +250,3 @@ def test_out_of_memory_with_nothing_left_to_give_up_is_a_failed_reading(monkeypa
         name for name in EVERYTHING if not name.startswith("curvature/")
     }
     cockpit.close()
-
-
-def test_events_are_records() -> None:
-    cockpit = run(Flaky(breaks=(0, 1, 2)))
-    assert all(isinstance(event, Event) for event in events(cockpit, "retired"))

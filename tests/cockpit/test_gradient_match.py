@@ -1,15 +1,19 @@
 """Once a run: is the loss that the cockpit was given the loss that is trained?"""
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loop_cases import CASES, Case, Training, mlp, rows
+from loop_cases import Case, Training, case_named, mlp, rows
 from torch import Tensor, nn
-from watching import events, readings, values, watch
+from watching import EVERYTHING, events, readings, values, watch
 
 from cockpit_bench import Cockpit
 
@@ -128,11 +132,12 @@ def test_autocast_is_not_taken_for_a_factor() -> None:
     assert said == {}
 
 
-@pytest.mark.parametrize("name", ["torch generator", "numpy generator", "numpy state", "python generator", "global"])
+@pytest.mark.parametrize(
+    "name", ["torch generator", "numpy generator", "numpy state", "python generator", "global generators"]
+)
 def test_noise_of_any_source_is_explained(name: str) -> None:
     """Not only torch's own generator: the forward may draw from one that the model owns."""
-    case = next(case for case in CASES if case.name.startswith(name))
-    _, said = observed(trained_on(mean_loss), case=case)
+    _, said = observed(trained_on(mean_loss), case=case_named(name))
     assert list(said) == ["gradient_note"]
     assert "random numbers" in said["gradient_note"][0].detail["reason"]
 
@@ -151,3 +156,17 @@ def test_cheap_panels_are_not_checked() -> None:
     """The check costs a gradient; instruments that never run the model do not make the user pay for it."""
     _, said = observed(trained_on(with_decay), panel="light")
     assert said == {}
+
+
+def test_processes_that_train_one_model_average_their_gradients(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("user_ddp.py"))]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    one, two = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
+    assert one["weights"] == two["weights"]
+    for said in (one, two):
+        ((name, reason),) = said["events"]
+        assert (name, "averaged over 2 processes" in reason) == ("gradient_note", True)
+        assert said["ok"] == 3 * len(EVERYTHING)

@@ -1,15 +1,18 @@
 """Observation never changes training: with every instrument at every step, and without, all is equal bit for bit."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loop_cases import CASES, Case, Training, mlp, rows
+from loop_cases import CASES, Case, Training, case_named, mlp, rows
 from torch import Tensor, nn, optim
 from traces import differences, objects_of, state_of
 from watching import EVERYTHING, readings, watch
+
+from cockpit_bench import Cockpit
 
 STEPS = 30
 PANELS: dict[str, dict[str, Any]] = {"everything": {}, "full": {"panel": "full"}}
@@ -44,6 +47,20 @@ def test_training_is_the_same_with_and_without(case: Case, panel: str) -> None:
     assert all(word in failed[name] for name, word in case.undefined)
     assert {r.instrument for r in readings(cockpit, status="ok")} == set(EVERYTHING) - set(failed)
     cockpit.close()
+
+
+def test_a_cockpit_as_users_make_it(tmp_path: Path) -> None:
+    """With its log, TensorBoard and console, the standard panel and a budget."""
+    case = case_named("dropout")
+    losses, end = plain(case)
+    training = Training(case)
+    with Cockpit(training.model, training.optimizers, loss=case.loss, logdir=tmp_path / "run") as cockpit:
+        training.run(STEPS, cockpit.observe)
+        with cockpit.evaluating() as log:
+            log(accuracy=0.5)
+    assert training.losses == losses
+    assert differences(end, state_of(training.model, training.optimizers)) == []
+    assert len(readings(cockpit, "gradient/norm", "ok")) == STEPS
 
 
 def test_a_scheduler_and_gradients_that_are_kept() -> None:

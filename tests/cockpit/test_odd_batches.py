@@ -98,7 +98,8 @@ def test_every_instrument_reads_batches_of_every_shape(name: str) -> None:
     assert not events(cockpit, "observe_failed")
     assert {r.instrument for r in readings(cockpit, status="ok")} == set(EVERYTHING)
     held = [r.provenance["examples"] for r in readings(cockpit, "curvature/sharpness")]
-    assert held == [shape.examples * k for k in (1, 2, 3)]
+    assert held == [shape.examples * k or "unknown" for k in (1, 2, 3)]
+    assert {r.provenance["examples"] for r in readings(cockpit, "gradient/norm")} == {shape.examples or "unknown"}
 
 
 def test_a_batch_of_unknown_size_is_held_alone() -> None:

@@ -197,6 +197,5 @@ def test_a_step_that_the_user_left_out_is_an_event() -> None:
 def test_what_is_no_optimizer(wrong: Any) -> None:
     training = Training(PLAIN)
     training.optimizers = wrong
-    with pytest.raises(ValueError, match="expected an optimizer|expected at least one optimizer"):
+    with pytest.raises(ValueError, match=r"expected an optimizer|expected at least one optimizer"):
         watch(training)
-

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from loop_cases import CASES, Case, Training, mlp
+from loop_cases import CASES, Case, Training, case_named, mlp, two_groups
 from torch import nn
 from watching import EVERYTHING, events, readings, watch
 
 from cockpit_bench import Cockpit, Outcome, Reading, at_least, read_run
 
-CASE = Case("dropout", lambda: mlp(nn.Dropout(0.3)), CASES[9].optimizers)
+CASE = Case("dropout", lambda: mlp(nn.Dropout(0.3)), two_groups)
 PLAIN = CASES[0]
 STEPS, SAVED_AT = 12, 6
 
@@ -65,7 +65,7 @@ def essence(reading: Reading) -> Any:
     return [reading.instrument, reading.step, reading.status, numbers, dict(reading.stderr), dict(reading.provenance)]
 
 
-@pytest.mark.parametrize("case", [CASE, CASES[11]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASE, case_named("accumulation")], ids=lambda case: case.name)
 def test_later_readings_are_those_of_a_run_that_never_stopped(tmp_path: Path, case: Case) -> None:
     whole = Training(case)
     reference = watch(whole)
@@ -146,8 +146,7 @@ def test_the_loss_is_compared_once_in_all(tmp_path: Path) -> None:
 
 
 def test_a_retired_instrument_stays_retired(tmp_path: Path) -> None:
-    batch_norm = CASES[3]
-    resumed = interrupted(tmp_path, batch_norm)
+    resumed = interrupted(tmp_path, case_named("batch norm"))
     assert not readings(resumed, "gradient/noise_scale")
     assert not events(resumed, "retired")
     resumed.close()

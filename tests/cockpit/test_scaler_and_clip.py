@@ -4,17 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from loop_cases import CASES, Case, Training, mlp, rows
+from loop_cases import Case, Training, case_named, mlp, rows
 from torch import nn, optim
 from traces import differences, state_of
 from watching import events, readings, values, watch
+
+from cockpit_bench import Cockpit
 
 PLAIN = Case("plain", mlp)
 FUSED = Case("fused", mlp, lambda model: [optim.Adam(model.parameters(), lr=0.01, fused=True)])
 SCALE = 256.0
 
 
-def scaled_run(case: Case, *, broken: tuple[int, ...] = (), unscale: bool = False, steps: int = 6, **settings: Any):  # type: ignore[no-untyped-def]
+def scaled_run(
+    case: Case, *, broken: tuple[int, ...] = (), unscale: bool = False, steps: int = 6, **settings: Any
+) -> tuple[Training, Any, Cockpit]:
     """Train with a GradScaler; at the steps `broken` one gradient is infinite."""
     training = Training(case)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=100)
@@ -59,7 +63,7 @@ def test_the_gradient_is_read_unscaled(case: Case, unscale: bool) -> None:
 
 @pytest.mark.parametrize("case", [PLAIN, FUSED], ids=lambda case: case.name)
 def test_a_skipped_step_is_an_event_and_not_a_step(case: Case) -> None:
-    training, _, cockpit = scaled_run(case, broken=(2,))
+    _, _, cockpit = scaled_run(case, broken=(2,))
     (event,) = events(cockpit, "skipped_step")
     assert event.step == 2
     assert cockpit.step == 5
@@ -69,13 +73,13 @@ def test_a_skipped_step_is_an_event_and_not_a_step(case: Case) -> None:
 
 
 def test_a_stretch_of_skipped_steps_is_one_event_with_the_scale() -> None:
-    _, scaler, cockpit = scaled_run(PLAIN, broken=(1, 2, 3, 5), steps=7)
+    _, _, cockpit = scaled_run(PLAIN, broken=(1, 2, 3, 5), steps=7)
     assert [event.step for event in events(cockpit, "skipped_step")] == [1, 2]
     assert all(event.detail["loss_scale"] < SCALE for event in events(cockpit, "skipped_step"))
     assert cockpit.step == 3
 
 
-@pytest.mark.parametrize("case", [PLAIN, FUSED, CASES[5]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [PLAIN, FUSED, case_named("dropout")], ids=lambda case: case.name)
 def test_scaled_training_is_the_same_with_and_without(case: Case) -> None:
     ends = []
     for enabled in (False, True):

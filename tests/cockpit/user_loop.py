@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 from loop_cases import CASES, Training
 from watching import watch
@@ -22,7 +23,7 @@ def main(folder: str, ending: str) -> None:
     train_for_ever(training, cockpit.observe)
 
 
-def train_for_ever(training, observe) -> None:
+def train_for_ever(training: Training, observe: Callable[..., None]) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         training.run(1, observe)

@@ -78,7 +78,7 @@ MISUSE = [
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), MISUSE, ids=lambda value: "_".join(value) or "nothing")
+@pytest.mark.parametrize(("words", "message"), MISUSE, ids=["_".join(words) or "nothing" for words, _ in MISUSE])
 def test_misuse_is_two_with_a_remedy_and_no_run(call: Call, words: list[str], message: str) -> None:
     Path("a_file").write_text("text", encoding="utf-8")
     Path("unknown_key.toml").write_text('worklod = "quadratic"\n', encoding="utf-8")

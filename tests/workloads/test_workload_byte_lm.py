@@ -78,9 +78,15 @@ def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
     assert loss == pytest.approx(math.log(256), rel=0.03)
 
 
-def test_dropout_acts_in_training_only() -> None:
+@pytest.mark.parametrize("off", ["attention", "stream"])
+def test_each_dropout_acts_in_training_only(off: str) -> None:
     torch.manual_seed(0)
     model = Decoder(**SMALL, dropout=0.5)
+    for block in model.blocks:
+        if off == "attention":
+            block.attention.dropout = 0.0
+        else:
+            block.dropout.p = 0.0
     inputs_NT = torch.randint(256, (2, 12))
     assert not torch.equal(model(inputs_NT), model(inputs_NT))
     model.eval()

@@ -59,7 +59,8 @@ def test_the_model_is_drawn_from_the_global_generator(name: str) -> None:
 def test_evaluation_answers_the_target_and_leaves_no_trace(name: str) -> None:
     workload, data = workloads.get(name), load(name)
     model = seeded_model(workload, data)
-    list(model.modules())[-1].training = False
+    modules = list(model.modules())
+    modules[-1].training = len(modules) == 1
     flags = [module.training for module in model.modules()]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()

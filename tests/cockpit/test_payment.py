@@ -1,0 +1,110 @@
+"""What the budget lets through: first readings, what costs nothing, and the rest when training time has paid for it."""
+
+from typing import Any
+
+import pytest
+from loop_cases import CASES, Training
+from watching import EVERYTHING, events, readings, watch
+
+from cockpit_bench import Cockpit
+from instruments.refusal import Refusal
+
+PLAIN = CASES[0]
+FREE = {"gradient/norm", "batch/loss", "step/learning_rate"}
+
+
+def set_training_seconds(cockpit: Cockpit, seconds: float) -> None:
+    """Time passes, without anybody waiting for it."""
+    state = cockpit.clock.state_dict()
+    cockpit.clock.load_state_dict({**state, "other": seconds})
+
+
+def test_first_readings_are_free_and_what_costs_nothing_is_always_read() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, budget=0.0)
+    training.run(6, cockpit.observe)
+    for label in EVERYTHING:
+        taken = [r.step for r in readings(cockpit, label, "ok")]
+        assert taken == (list(range(6)) if label in FREE else [0]), label
+    outcome = cockpit.close()
+    assert outcome is not None
+    assert dict(outcome.skips) == dict.fromkeys(set(EVERYTHING) - FREE, 5)
+    assert set(outcome.tax) == set(EVERYTHING)
+
+
+def test_a_stretch_of_skips_is_one_record_and_the_next_reading_counts_them() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, instruments={"curvature/sharpness": 1}, budget=0.05)
+    for step in range(12):
+        set_training_seconds(cockpit, 1e9 if step in (5, 6, 9) else 0.0)
+        cockpit.observe(*training.backward(step))
+        training.take_step()
+    found = [(r.step, r.status, r.provenance.get("skipped")) for r in readings(cockpit)]
+    assert found == [
+        (0, "ok", None),
+        (1, "skipped", None),
+        (5, "ok", 4),
+        (6, "ok", None),
+        (7, "skipped", None),
+        (9, "ok", 2),
+        (10, "skipped", None),
+    ]
+    assert "over the budget: a reading takes about" in readings(cockpit, status="skipped")[0].reason
+    outcome = cockpit.close()
+    assert outcome is not None
+    assert outcome.skips == {"curvature/sharpness": 8}
+
+
+def test_a_loss_that_must_be_recomputed_is_not_free() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, panel="light", budget=0.0)
+    training.run(3, lambda batch, loss: cockpit.observe(batch))
+    assert [r.step for r in readings(cockpit, "batch/loss", "ok")] == [0]
+    cockpit.close()
+
+
+def test_no_budget_is_no_limit() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, budget=None)
+    training.run(3, cockpit.observe)
+    assert len(readings(cockpit, status="ok")) == 3 * len(EVERYTHING)
+    assert not readings(cockpit, status="skipped")
+    cockpit.close()
+
+
+def test_a_reading_on_demand_is_taken_whatever_the_budget_and_ends_the_stretch() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, instruments={"curvature/sharpness": 1}, budget=0.0)
+    training.run(3, cockpit.observe)
+    asked = cockpit.read("curvature/sharpness")
+    assert (asked.status, asked.provenance["skipped"]) == ("ok", 2)
+    assert "skipped" not in cockpit.read("curvature/sharpness").provenance
+    cockpit.close()
+
+
+def test_a_failure_is_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an instrument that fails late would be tried again at every step, at full price."""
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        raise Refusal("planted")
+
+    monkeypatch.setattr("instruments.curvature.sharpness.follow", refuses)
+    training = Training(PLAIN)
+    cockpit = watch(training, instruments={"curvature/sharpness": 1}, budget=0.0)
+    training.run(5, cockpit.observe)
+    assert [(r.step, r.status) for r in readings(cockpit)] == [(0, "failed"), (1, "skipped")]
+    assert not events(cockpit, "retired")
+    cockpit.close()
+
+
+def test_observation_is_off_the_training_clock() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training)
+    training.run(5, cockpit.observe)
+    outcome = cockpit.close()
+    assert outcome is not None
+    assert sum(outcome.tax.values()) <= outcome.buckets["observe"] + 1e-9
+    assert outcome.buckets["observe"] > outcome.seconds, "here it is dearer than the training"
+    off = ("observe", "log", "evaluate")
+    assert outcome.seconds == pytest.approx(outcome.wall - sum(outcome.buckets.get(name, 0.0) for name in off))
+    assert outcome.buckets["update"] > 0

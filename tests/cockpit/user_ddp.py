@@ -1,0 +1,34 @@
+"""One of two processes that train one model together: python user_ddp.py RANK STORE; prints what the cockpit says."""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from loop_cases import Case, Training, mlp, rows
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from watching import readings, watch
+
+from cockpit_bench import Event
+
+
+def main(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    case = Case("ddp", lambda: DistributedDataParallel(mlp()), batch=lambda step: rows(2 * step + rank))
+    training = Training(case)
+    cockpit = watch(training)
+    training.run(3, cockpit.observe)
+    cockpit.close()
+    said: dict[str, Any] = {
+        "events": [[r.name, r.detail["reason"]] for r in cockpit.records if isinstance(r, Event)],
+        "ok": len(readings(cockpit, status="ok")),
+        "weights": [p.tolist() for p in training.model.parameters()],
+    }
+    print(json.dumps(said))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
