@@ -157,6 +157,7 @@ class Readout:
             raise error
         station.failures += 1
         if station.failures == 1:
+            station.skipped = 0
             self._emit(reading)
         if station.retired:
             detail = {"instrument": station.label, "failures": station.failures, "reason": reading.reason}

@@ -97,6 +97,20 @@ def test_a_failure_is_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cockpit.close()
 
 
+def test_skips_are_counted_in_one_reading_only_also_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, instruments={"curvature/sharpness": 1}, budget=0.05)
+    training.run(4, cockpit.observe)
+    set_training_seconds(cockpit, 1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr("instruments.curvature.sharpness.follow", lambda *args, **kwargs: 1 / 0)
+        training.run(1, cockpit.observe)
+    training.run(1, cockpit.observe)
+    found = [(r.step, r.status, r.provenance.get("skipped")) for r in readings(cockpit)]
+    assert found == [(0, "ok", None), (1, "skipped", None), (4, "failed", 3), (5, "ok", None)]
+    cockpit.close()
+
+
 def test_observation_is_off_the_training_clock() -> None:
     training = Training(PLAIN)
     cockpit = watch(training)
