@@ -75,7 +75,7 @@ class Cockpit:
         settings: ProbeSettings | None = None,
         enabled: bool = True,
     ) -> None:
-        self.enabled = enabled and os.environ.get("COCKPIT", "").lower() not in ("off", "0", "false")
+        self.enabled = enabled and not off()
         if not self.enabled:
             self.clock = Clock()
             return
@@ -255,6 +255,11 @@ class Cockpit:
         """The interpreter ends and nobody closed the run: the log says how it ended."""
         error = _last_error()
         self.close(*_status_of(None if id(error) == self._earlier_error else error))
+
+
+def off() -> bool:
+    """Whether the environment says COCKPIT=off."""
+    return os.environ.get("COCKPIT", "").lower() in ("off", "0", "false")
 
 
 def batches(*given: Batch) -> list[Batch]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 import workloads
 from cockpit_bench.bench import algorithms
 from cockpit_bench.bench.trial import Trial
-from cockpit_bench.cockpit import Cockpit
+from cockpit_bench.cockpit import Cockpit, off
 from cockpit_bench.runlog import Outcome, read_run
 from cockpit_bench.runlog.reading import Ending as Status
 from instruments.held import EXAMPLES
 from instruments.objective import as_objective
 from workloads.workload import Data, Workload
 
+PROBE_BATCHES = 4  # size of the probe batch, in training batches
 PROBE_SEED = 2**31 - 1  # of the probe batches: the same for every trial of a workload
 FINISHED = ("hit", "miss", "diverged", "out_of_memory", "timeout", "done")
 
@@ -36,23 +36,24 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """A trial with everything looked up and checked: nothing of it can be a user's mistake any more."""
+    """A trial with everything looked up and checked, and nothing left to a default that may change."""
 
     trial: Trial
     workload: Workload
-    hyperparameters: dict[str, Any]
-    steps: int
 
 
 def plan(trial: Trial) -> Plan:
-    """Resolve the names of a trial. Raises ValueError for what does not exist, with the nearest names."""
+    """Resolve a trial: names are looked up, and baseline, steps and batch size written into it.
+
+    Raises ValueError for what does not exist, with the nearest names.
+    """
     workload = workloads.get(trial.workload)
-    hyperparameters = algorithms.settings(
-        trial.algorithm, workload.baselines.get(trial.algorithm, {}), trial.hyperparameters
-    )
-    if trial.batch_size is not None:
-        workload = replace(workload, batch_size=trial.batch_size)
-    return Plan(trial, workload, hyperparameters, trial.steps or workload.steps)
+    baseline = workload.baselines.get(trial.algorithm, {})
+    hyperparameters = algorithms.settings(trial.algorithm, baseline, trial.hyperparameters)
+    workload = replace(workload, batch_size=trial.batch_size or workload.batch_size)
+    steps = trial.steps or workload.steps
+    resolved = replace(trial, hyperparameters=hyperparameters, steps=steps, batch_size=workload.batch_size)
+    return Plan(resolved, workload)
 
 
 def run(trial: Trial, root: str | Path = "runs", *, again: bool = False, sinks: Sequence[Any] | None = None) -> Result:
@@ -62,7 +63,10 @@ def run(trial: Trial, root: str | Path = "runs", *, again: bool = False, sinks: 
     its log intact; only a mistake in the trial itself raises (ValueError), and an error of the training code is raised
     after it was logged. KeyboardInterrupt is the outcome "interrupted", and is raised again.
     """
+    if off():
+        raise ValueError("expected a trial to be measured, got COCKPIT=off in the environment; unset it to run trials")
     planned = plan(trial)
+    trial = planned.trial
     earlier = None if again else find(trial, root)
     if earlier is not None:
         outcome = read_run(earlier).outcome
@@ -77,7 +81,7 @@ def run(trial: Trial, root: str | Path = "runs", *, again: bool = False, sinks: 
 
 
 def find(trial: Trial, root: str | Path) -> Path | None:
-    """The latest finished run of this trial under `root`."""
+    """The latest finished run of this resolved trial under `root`."""
     for folder in sorted(Path(root).glob(f"*-{trial.hash}"), reverse=True):
         try:
             outcome = read_run(folder).outcome
@@ -98,11 +102,12 @@ class _Run:
         params = [p for p in model.parameters() if p.requires_grad]
         if not params:
             raise ValueError(f"expected a model with trainable parameters, got none in '{workload.name}'.")
-        self.optimizer = algorithms.make(trial.algorithm, params, planned.hyperparameters)
+        self.optimizer = algorithms.make(trial.algorithm, params, trial.hyperparameters)
         self.target = workload.target(data)
+        self.batches = workload.batches(data, generator=torch.Generator().manual_seed(trial.seed))
         self.cockpit = Cockpit(
             model, self.optimizer, loss=workload.loss, logdir=folder, panel=trial.panel, budget=None,
-            target=self.target, steps=planned.steps, probe=self._probe_batches(), sinks=sinks,
+            target=self.target, steps=trial.steps, probe=self._probe_batches(), sinks=sinks,
         )  # fmt: skip
         self.cockpit.write_text("trial.toml", trial.to_toml())
 
@@ -118,11 +123,9 @@ class _Run:
     def _train(self) -> tuple[Status | None, str]:
         """Train to the end of the budget. Returns (status, reason); None lets target and loss decide."""
         cockpit, clock, workload = self.cockpit, self.cockpit.clock, self.plan.workload
-        generator = torch.Generator().manual_seed(self.plan.trial.seed)
-        batches = cockpit.batches(workload.batches(self.data, generator=generator))
         clock.start()
         self._evaluate()
-        for step, batch in enumerate(batches, start=1):
+        for step, batch in enumerate(cockpit.batches(self.batches), start=1):
             with clock.bucket("forward"):
                 loss = self.objective.parts(self.model, batch).loss
             with clock.bucket("backward"):
@@ -133,14 +136,14 @@ class _Run:
                 self.optimizer.zero_grad()
             if not math.isfinite(value := loss.item()):
                 return "diverged", f"the training loss is {value} at step {step - 1}"
-            if step % workload.evaluate_every == 0 or step == self.plan.steps:
+            if step % workload.evaluate_every == 0 or step == self.plan.trial.steps:
                 self._evaluate()
                 if cockpit.target_hit and self.plan.trial.stop_at_target:
                     break
             limit = self.plan.trial.timeout_seconds
             if limit is not None and clock.training > limit:
                 return "timeout" if not cockpit.target_hit else None, f"more than {limit:g} s of training"
-            if step == self.plan.steps:
+            if step == self.plan.trial.steps:
                 break
         return None, ""
 
@@ -149,8 +152,7 @@ class _Run:
             log(**self.plan.workload.evaluate(self.model, self.data.valid))
 
     def _probe_batches(self) -> list[tuple[Tensor, ...]]:
-        """Whole training batches of the workload, up to 512 examples, the same for every seed."""
+        """One batch of training examples, four times a training batch and at most 512, the same for every seed."""
         generator = torch.Generator().manual_seed(PROBE_SEED)
-        workload = self.plan.workload
-        wanted = max(1, min(EXAMPLES, len(self.data.train[0])) // workload.batch_size)
-        return list(islice(workload.batches(self.data, generator=generator), wanted))
+        wanted = min(PROBE_BATCHES * self.plan.workload.batch_size, EXAMPLES, len(self.data.train[0]))
+        return [next(replace(self.plan.workload, batch_size=wanted).batches(self.data, generator=generator))]

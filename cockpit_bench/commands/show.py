@@ -21,8 +21,8 @@ def _latest(path: Path) -> Path:
     """A run folder, or the newest one in a folder of runs."""
     if (path / LOG).exists() or not path.is_dir():
         return path
-    runs = sorted(folder.parent for folder in path.glob(f"*/{LOG}"))
-    return runs[-1] if runs else path
+    logs = sorted(path.glob(f"*/{LOG}"), key=lambda log: log.stat().st_mtime)
+    return logs[-1].parent if logs else path
 
 
 def print_run(run: Run, as_json: bool) -> None:

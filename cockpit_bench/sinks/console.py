@@ -113,7 +113,7 @@ class _State:
         self._seconds = 0.0
         self._begin: tuple[float, int, float] | None = None
         self._paid = 0.0
-        self._picks: dict[str, str] = {}
+        self._picks: dict[str, tuple[str, int]] = {}  # value and the step that it was read at
         self._metrics: dict[str, str] = {}
         self._hit: str | None = None
 
@@ -134,7 +134,7 @@ class _State:
             return
         for label, instrument, output in (_LOSS, *_PICKS):
             if reading.instrument == instrument and output in reading.values:
-                self._picks[label] = _number(reading.values[output])
+                self._picks[label] = (_number(reading.values[output]), reading.step)
 
     def line(self, moment: float) -> str:
         parts = [f"step {self._step}" + (f"/{self._steps}" if self._steps else "")]
@@ -150,8 +150,12 @@ class _State:
         return "  ".join(parts)
 
     def _picked(self, pick: tuple[str, str, str]) -> list[str]:
+        """A value with its step where that is more than one step ago: an old number must not look like a new one."""
         label = pick[0]
-        return [f"{label} {self._picks[label]}"] if label in self._picks else []
+        if label not in self._picks:
+            return []
+        text, step = self._picks[label]
+        return [f"{label} {text}" + (f"@{step}" if self._step - step > 1 else "")]
 
     def _standing(self) -> list[str]:
         if self._target is None:

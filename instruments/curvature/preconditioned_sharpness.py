@@ -34,7 +34,8 @@ class PreconditionedSharpness(Instrument):
 
     outputs: ClassVar[Mapping[str, Output]] = {
         "rho": Output("1", "preconditioned sharpness over its edge", edge=1.0),
-        "residual": Output("1", "bound on the error of rho if its vector's is the top eigenvalue"),
+        "residual": Output("1", "residual of rho's eigenvector, as for sharpness"),
+        "bound": Output("1", "the true rho lies between the reading and the reading plus this"),
         "converged": Output("1", "1 when the residual met the tolerance, 0 when products ran out"),
         "headroom": Output("1", "1/rho: factor by which the learning rates could grow before the edge", edge=1.0),
         "group_mass": Output("1", "share of the eigenvector in each parameter group", "per-group"),
@@ -60,6 +61,7 @@ class PreconditionedSharpness(Instrument):
         values: Values = {
             "rho": ritz.value,
             "residual": ritz.residual,
+            "bound": ritz.bound(self.tol),
             "converged": float(ritz.converged),
             "headroom": headroom(ritz.value),
             "group_mass": self._mass(view, preconditioner, ritz.vector_D),

@@ -19,9 +19,10 @@ class Sharpness(Instrument):
 
     Lanczos from the last Ritz vector, stopped when the residual |H y - lambda y| is at most `tol` times |lambda|;
     audited from a fresh start now and then (`instruments.linalg.tracking`). The value is never above the true one by
-    more than rounding; it is within `residual` of it if the eigenvalue nearest to it is the largest, which is what the
-    audits are for. Sharpness of a mini-batch is larger than that of the whole data set: compare only readings on the
-    same number of examples.
+    more than rounding. `bound` is the larger of the residual and `tol` |lambda|: the true value is that close if the
+    eigenvalue nearest to the reading is the largest, or if one that has overtaken it since the last audit has done so
+    by less than the tolerance. Sharpness of a mini-batch is larger than that of the whole data set: compare only
+    readings on the same number of examples.
     """
 
     tol: float = 0.06
@@ -29,7 +30,8 @@ class Sharpness(Instrument):
 
     outputs: ClassVar[Mapping[str, Output]] = {
         "sharpness": Output("loss / parameter²", "largest eigenvalue of the Hessian on the probe batch"),
-        "residual": Output("loss / parameter²", "|H y - lambda y|: bound on the error if y's is the top eigenvalue"),
+        "residual": Output("loss / parameter²", "|H y - lambda y| for the unit vector y of the reading"),
+        "bound": Output("loss / parameter²", "the true value lies between the reading and the reading plus this"),
         "converged": Output("1", "1 when the residual met the tolerance, 0 when products ran out"),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
@@ -48,5 +50,10 @@ class Sharpness(Instrument):
         ritz, track = follow(
             view.hessian, Track(**state), view.gradient_D, tol=self.tol, max_products=self.max_products, seed=view.step
         )
-        values: Values = {"sharpness": ritz.value, "residual": ritz.residual, "converged": float(ritz.converged)}
+        values: Values = {
+            "sharpness": ritz.value,
+            "residual": ritz.residual,
+            "bound": ritz.bound(self.tol),
+            "converged": float(ritz.converged),
+        }
         return values, track.state()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from instruments.operators.operator import Operator
 
-DOUBTED_PRODUCTS, DOUBTED_TOL = 6, 0.03
+DOUBTED_PRODUCTS, DOUBTED_TOL = 5, 0.03
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Ritz:
     products: int
     converged: bool
     vector_D: Tensor
+
+    def bound(self, tol: float) -> float:
+        """How far above `value` the largest eigenvalue may lie: the residual, or what the tolerance cannot resolve."""
+        return max(self.residual, tol * abs(self.value))
 
 
 def top_eigenvalue(

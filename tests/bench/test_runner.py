@@ -237,27 +237,28 @@ def sleepy(plant: Callable[[str], None], planted: Callable[..., Any], monkeypatc
 def test_every_bucket_finds_what_was_planted_in_it(
     planted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of each sleep, and at most 5 ms more than the same run takes without; time-to-target has no other time."""
-    quiet: dict[str, float] = {}
-    outcomes = {}
-    for name in ("warm-up", "quiet", "sleepy"):
-        plant = Planter()
+    """All of each sleep, and at most 5 ms more than the same run takes without. A busy machine gets three attempts."""
+
+    def timed(plant: Callable[[str], None]) -> Any:
         with monkeypatch.context() as patch:
-            sinks = sleepy(plant if name == "sleepy" else lambda bucket: None, planted, patch)
-            result = run(trial(algorithm="sgd", seed=len(outcomes)), tmp_path, sinks=sinks)
-        outcomes[name] = result.outcome
-        if name == "quiet":
-            quiet = dict(result.outcome.buckets)
-    buckets = outcomes["sleepy"].buckets
-    del plant.planted["data"][:4]  # the probe batches are drawn before the clock starts
+            sinks = sleepy(plant, planted, patch)
+            return run(trial(algorithm="sgd"), tmp_path, sinks=sinks, again=True).outcome
+
     expected = {
         "data": 4, "forward": 4, "backward": 4, "update": 4, "observe": 4, "evaluate": 3, "checkpoint": 1, "log": 12,
     }  # fmt: skip
-    assert {bucket: len(sleeps) for bucket, sleeps in plant.planted.items()} == expected
-    for bucket, sleeps in plant.planted.items():
-        excess = buckets[bucket] - sum(sleeps)
-        assert -1e-4 <= excess <= quiet[bucket] + 5e-3, bucket
-    training = sum(buckets[b] for b in ("data", "forward", "backward", "update", "other"))
-    assert outcomes["sleepy"].seconds == pytest.approx(training, abs=1e-6)
-    assert sum(buckets.values()) == pytest.approx(outcomes["sleepy"].wall, abs=1e-6)
-    assert buckets["other"] < 0.01
+    timed(lambda bucket: None)
+    for attempt in range(3):
+        quiet, plant = timed(lambda bucket: None), Planter()
+        outcome = timed(plant)
+        del plant.planted["data"][:1]  # the probe batch is drawn before the clock starts
+        assert {bucket: len(sleeps) for bucket, sleeps in plant.planted.items()} == expected
+        excess = {bucket: outcome.buckets[bucket] - sum(sleeps) for bucket, sleeps in plant.planted.items()}
+        assert min(excess.values()) >= -1e-4, "time was lost"
+        over = {bucket: seconds for bucket, seconds in excess.items() if seconds > quiet.buckets[bucket] + 5e-3}
+        training = sum(outcome.buckets[b] for b in ("data", "forward", "backward", "update", "other"))
+        assert outcome.seconds == pytest.approx(training, abs=1e-6)
+        assert sum(outcome.buckets.values()) == pytest.approx(outcome.wall, abs=1e-6)
+        if not over and outcome.buckets["other"] < 5e-3:
+            return
+        assert attempt < 2, over
