@@ -154,6 +154,11 @@ class Cockpit:
         if self.enabled:
             self._recorder.write(Metrics(self.step, self.clock.training, _floats(values), "user"))
 
+    def event(self, name: str, **detail: Any) -> None:
+        """Something of the user's own that happened once, with whatever numbers and texts belong to it."""
+        if self.enabled:
+            self._observer.event(name, **detail)
+
     def read(self, instrument: str | Instrument, batch: Batch | None = None) -> Reading:
         """One reading now, whatever the cadence and the budget, on this batch or on the last one observed.
 

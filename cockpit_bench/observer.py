@@ -14,10 +14,10 @@ from cockpit_bench.runlog import Event
 from cockpit_bench.step_watch import StepWatch
 from instruments.gradient_match import compare_gradient
 from instruments.held import HeldBatches, is_empty
-from instruments.layout import Layout
+from instruments.layout import Layout, total_norm
 from instruments.loss_scale import loss_scale, skipped_inside
 from instruments.objective import Batch, Objective
-from instruments.probe import Probe, ProbeSettings, total_norm
+from instruments.probe import Probe, ProbeSettings
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
 

@@ -17,8 +17,10 @@ from cockpit_bench.clock import Clock
 from cockpit_bench.panels import Slot
 from cockpit_bench.runlog import Event, Reading, Record
 from instruments.instrument import Estimate, Instrument, Scalar, State, Values
-from instruments.probe import Probe, View
+from instruments.probe import Probe
 from instruments.refusal import Refusal
+from instruments.samples import backpack_engine
+from instruments.view import View
 
 FAILURES_TO_RETIRE = 3
 Emit = Callable[[Record], None]
@@ -61,6 +63,8 @@ class Readout:
 
     def __init__(self, slots: Iterable[Slot], budget: Budget, clock: Clock, emit: Emit, *, strict: bool) -> None:
         self.stations = [Station(slot) for slot in slots]
+        if any("samples" in station.instrument.needs for station in self.stations):
+            backpack_engine.preload()
         self._budget, self._clock, self._emit, self._strict = budget, clock, emit, strict
 
     def due(self, step: int) -> list[Station]:

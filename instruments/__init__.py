@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from instruments.instrument import Output as Output
     from instruments.probe import Probe as Probe
     from instruments.probe import ProbeSettings as ProbeSettings
-    from instruments.probe import View as View
     from instruments.refusal import Refusal as Refusal
+    from instruments.view import View as View
 
 HOME = {
     "Estimate": "instruments.instrument",
@@ -26,7 +26,7 @@ HOME = {
     "Probe": "instruments.probe",
     "ProbeSettings": "instruments.probe",
     "Refusal": "instruments.refusal",
-    "View": "instruments.probe",
+    "View": "instruments.view",
     "untouched": "instruments.guard",
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from instruments.probe import Need, View
+from instruments.view import Need, View
 
 Kind = Literal["scalar", "per-group", "per-layer", "histogram", "spectrum"]
 

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from instruments.refusal import Refusal
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,3 +63,18 @@ class Layout:
     def _dense(self, t: Tensor) -> Tensor:
         t = t.to_dense() if t.layout is not torch.strided else t
         return t.reshape(-1).to(device=self.device, dtype=self.dtype)
+
+
+def total_norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Euclidean norm of a list of tensors as one vector, by one fused pass and no synchronisation."""
+    present = [t if t.layout is torch.strided else t.coalesce().values() for t in tensors if t is not None]
+    if not present:
+        raise Refusal("no parameter has a gradient; observe() belongs after backward() and before zero_grad().")
+    device = present[0].device
+    norms = torch._foreach_norm([t.detach() for t in present], dtype=torch.float32 if _half(present) else None)
+    norm: Tensor = torch.stack([n.to(device) for n in norms]).norm()
+    return norm
+
+
+def _half(tensors: Sequence[Tensor]) -> bool:
+    return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)

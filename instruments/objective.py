@@ -169,3 +169,21 @@ def bytes_of(batch: Batch) -> int:
 def clone_of(batch: Batch) -> Batch:
     """A copy that the user's loop cannot overwrite (loaders with a pinned buffer do)."""
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def addends(objective: Objective, parts: Parts) -> tuple[Tensor, Tensor | float]:
+    """(total, weight) such that several batches are one loss sum(total) / sum(weight).
+
+    A mean loss adds totals and denominators (tokens that count, class weights); a summed loss, or a single number,
+    averages over batches by their examples.
+    """
+    if objective.pooled_by_denominator and parts.sums_N is not None:
+        weight = parts.denominator
+        return parts.total, weight.detach() if isinstance(weight, Tensor) else weight
+    return parts.loss * parts.examples, float(parts.examples)
+
+
+def pooled_loss(objective: Objective, parts: Sequence[Parts]) -> Tensor:
+    """The loss of several batches as one."""
+    totals, weights = zip(*(addends(objective, p) for p in parts), strict=True)
+    return torch.as_tensor(sum(totals) / sum(weights))

@@ -1,35 +1,30 @@
 """The one door to the user's model: one training step seen from inside, each quantity computed at most once, lazily.
 
-An instrument sees a `View` of the probe: it may ask for what it declared in `needs`, and what it asked for is counted
-(gradients, products) and labelled (batch, mode, precision, route) on the reading.
+An instrument does not see the probe but a `View` of it (`instruments.view`).
 
 Shapes: D = trainable scalars, N = examples of the step.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn, optim
 
 from instruments.guard import RandomStates, untouched
 from instruments.held import HeldBatches
-from instruments.layout import Layout
-from instruments.objective import Batch, Call, Objective, Parts, examples_of
+from instruments.layout import Layout, total_norm
+from instruments.objective import Batch, Call, Objective, Parts, addends, pooled_loss
 from instruments.operators.hessian import HessianOperator, Piece
-from instruments.operators.operator import Operator
-from instruments.operators.preconditioned import PreconditionedOperator
 from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.refusal import Refusal
 from instruments.running import Mode, running, unwrapped
 from instruments.samples.moments import EngineName, SampleMoments, sample_moments
 from instruments.samples.problem import SampleProblem
 from instruments.step_effect import StepEffect, step_effect
-
-Need = Literal["loss", "gradient", "samples", "hessian", "preconditioner", "update", "groups"]
+from instruments.view import Meter
 
 
 @dataclass(frozen=True)
@@ -39,15 +34,6 @@ class ProbeSettings:
     mode: Mode = "train"
     samples: EngineName = "auto"
     seed: int = 0
-
-
-@dataclass
-class Meter:
-    """What one reading used, in gradients (forward + backward) and in Hessian-vector products."""
-
-    gradients: float = 0.0
-    products: int = 0
-    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 class Probe(AbstractContextManager["Probe"]):
@@ -206,139 +192,3 @@ class Probe(AbstractContextManager["Probe"]):
     def _parts(self, call: Call, batch: Batch) -> Parts:
         with self.running(held=False, differentiable=False):
             return self.objective.parts(call, batch)
-
-
-def addends(objective: Objective, parts: Parts) -> tuple[Tensor, Tensor | float]:
-    """(total, weight) such that several batches are one loss sum(total) / sum(weight).
-
-    A mean loss adds totals and denominators (tokens that count, class weights); a summed loss, or a single number,
-    averages over batches by their examples.
-    """
-    if objective.pooled_by_denominator and parts.sums_N is not None:
-        weight = parts.denominator
-        return parts.total, weight.detach() if isinstance(weight, Tensor) else weight
-    return parts.loss * parts.examples, float(parts.examples)
-
-
-def pooled_loss(objective: Objective, parts: Sequence[Parts]) -> Tensor:
-    """The loss of several batches as one."""
-    totals, weights = zip(*(addends(objective, p) for p in parts), strict=True)
-    return torch.as_tensor(sum(totals) / sum(weights))
-
-
-def total_norm(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Euclidean norm of a list of tensors as one vector, by one fused pass and no synchronisation."""
-    present = [t if t.layout is torch.strided else t.coalesce().values() for t in tensors if t is not None]
-    if not present:
-        raise Refusal("no parameter has a gradient; observe() belongs after backward() and before zero_grad().")
-    device = present[0].device
-    norms = torch._foreach_norm([t.detach() for t in present], dtype=torch.float32 if _half(present) else None)
-    norm: Tensor = torch.stack([n.to(device) for n in norms]).norm()
-    return norm
-
-
-def _half(tensors: Sequence[Tensor]) -> bool:
-    return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
-
-
-class _Counted(Operator):
-    """An operator whose products are billed to one reading."""
-
-    def __init__(self, operator: Operator, meter: Meter) -> None:
-        self._operator, self._meter = operator, meter
-        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
-        self.price, self.route = operator.price, operator.route
-
-    def matvec(self, v_D: Tensor) -> Tensor:
-        self._meter.products += 1
-        return self._operator.matvec(v_D)
-
-
-class View:
-    """What one instrument sees of one step: what it declared, billed and labelled. Undeclared needs raise."""
-
-    def __init__(self, probe: Probe, needs: frozenset[Need]) -> None:
-        self._probe, self._needs = probe, needs
-        self.meter = Meter(
-            provenance={
-                "batch": "step",
-                "examples": sum(map(examples_of, probe.batches)) or "unknown",
-                "mode": probe.settings.mode,
-                "precision": str(probe.layout.dtype).removeprefix("torch."),
-            }
-        )
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken before the one that this reading belongs to."""
-        return self._probe.step
-
-    @property
-    def optimizers(self) -> tuple[optim.Optimizer, ...]:
-        self._declared("groups")
-        return self._probe.optimizers
-
-    @property
-    def loss(self) -> Tensor:
-        """Training loss of the step, unscaled."""
-        self._declared("loss")
-        return self._probe.loss(self.meter)
-
-    @property
-    def loss_given(self) -> bool:
-        """Whether the user passed the loss to observe; otherwise asking for it costs a forward."""
-        return self._probe.loss_given
-
-    @property
-    def gradient_norm(self) -> Tensor:
-        """Norm of what stands in `.grad`, unscaled."""
-        self._declared("gradient")
-        return self._probe.gradient_norm
-
-    @property
-    def moments(self) -> SampleMoments:
-        """Per-example gradient statistics of the step's batch."""
-        self._declared("samples")
-        moments = self._probe.moments(self.meter)
-        self.meter.provenance["examples"] = moments.examples
-        return moments
-
-    @property
-    def hessian(self) -> Operator:
-        """Hessian of the training loss on the held batches."""
-        self._declared("hessian")
-        return _Counted(self._probe.hessian(self.meter), self.meter)
-
-    @property
-    def gradient_D(self) -> Tensor:
-        """Gradient of the loss on the held batches, shape (D,): free where the Hessian's graph is kept."""
-        self._declared("hessian")
-        return self._probe.hessian(self.meter).gradient_D
-
-    @property
-    def preconditioner(self) -> Preconditioner:
-        """D and c of the optimizers at this step."""
-        self._declared("preconditioner")
-        return self._probe.preconditioner
-
-    @property
-    def preconditioned(self) -> Operator:
-        """1/2 D^1/2 (H + diag c) D^1/2, whose largest eigenvalue is rho."""
-        self._declared("hessian")
-        p = self.preconditioner
-        hessian = _Counted(self._probe.hessian(self.meter), self.meter)
-        return PreconditionedOperator(hessian, p.scale_D / 2, p.decay_D)
-
-    @property
-    def layout(self) -> Layout:
-        return self._probe.layout
-
-    @property
-    def effect(self) -> StepEffect:
-        """What the step did to the loss of its own batch; only after the optimizer's step."""
-        self._declared("update")
-        return self._probe.effect(self.meter)
-
-    def _declared(self, need: Need) -> None:
-        if need not in self._needs:
-            raise AssertionError(f"the instrument asked for '{need}', which its `needs` do not declare")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from instruments.objective import pooled_loss
+
 if TYPE_CHECKING:
     from instruments.probe import Probe
 
@@ -35,8 +37,6 @@ def step_effect(probe: "Probe", before: Sequence[Tensor]) -> StepEffect:
     Costs one gradient and one forward. The gradient is recomputed because `.grad` may stand for other dropout masks, be
     clipped or scaled.
     """
-    from instruments.probe import pooled_loss
-
     old = [p.clone().requires_grad_() for p in before]
     values = dict(zip(probe.layout.names, old, strict=True))
 

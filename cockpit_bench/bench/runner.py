@@ -110,6 +110,7 @@ class _Run:
             target=self.target, steps=trial.steps, probe=self._probe_batches(), sinks=sinks,
         )  # fmt: skip
         self.cockpit.write_text("trial.toml", trial.to_toml())
+        self.cockpit.event("data", sha256=data.sha256, target=str(self.target), **data.notes)
 
     def outcome(self) -> Outcome:
         with self.cockpit as cockpit:

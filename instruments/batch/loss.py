@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from instruments.instrument import Gauge, Output, Values
-from instruments.probe import Need, View
+from instruments.view import Need, View
 
 
 @dataclass(frozen=True)

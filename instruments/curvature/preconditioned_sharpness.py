@@ -13,7 +13,7 @@ from instruments.instrument import Instrument, Output, State, Values
 from instruments.linalg.tracking import Track, follow
 from instruments.operators.hessian import KEPT_PRODUCT
 from instruments.preconditioners import Preconditioner, headroom
-from instruments.probe import Need, View
+from instruments.view import Need, View
 
 
 @dataclass(frozen=True)

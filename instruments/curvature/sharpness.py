@@ -10,7 +10,7 @@ from typing import ClassVar
 from instruments.instrument import Instrument, Output, State, Values
 from instruments.linalg.tracking import Track, follow
 from instruments.operators.hessian import KEPT_PRODUCT
-from instruments.probe import Need, View
+from instruments.view import Need, View
 
 
 @dataclass(frozen=True)

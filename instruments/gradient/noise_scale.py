@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from instruments.instrument import Estimate, Instrument, Output, State, Values
-from instruments.probe import Need, View
 from instruments.refusal import Refusal
+from instruments.view import Need, View
 
 
 @dataclass(frozen=True)

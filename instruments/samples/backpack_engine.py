@@ -20,10 +20,15 @@ SAVED = "batch_l2"  # the attribute that BackPACK writes onto a parameter
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+def preload() -> None:
+    """Import BackPACK, which takes half a second, at a moment when nobody counts it as the price of a reading."""
+    import backpack.extensions  # noqa: F401
+
+
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     """|g_i|^2 by BatchL2Grad and sum g_i by the same backward pass."""
     _refuse_unknown_layers(problem)
-    from backpack import backpack, extend  # half a second: imported by the first who needs it
+    from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
     shadow, aliases = _shadow(problem)

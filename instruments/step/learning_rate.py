@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from instruments.instrument import Gauge, Output, Values
-from instruments.probe import Need, View
 from instruments.refusal import Refusal
+from instruments.view import Need, View
 
 
 @dataclass(frozen=True)

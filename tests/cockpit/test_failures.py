@@ -16,7 +16,7 @@ from watching import EVERYTHING, events, readings, values, watch
 from cockpit_bench import Cockpit, Gauge, Output, Refusal
 from cockpit_bench.sinks import Sink
 from instruments.instrument import Values
-from instruments.probe import Need, View
+from instruments.view import Need, View
 
 PLAIN = CASES[0]
 

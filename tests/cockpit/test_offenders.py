@@ -15,7 +15,8 @@ from watching import readings, watch
 
 from cockpit_bench import Gauge, Output
 from instruments.instrument import Values
-from instruments.probe import Need, Probe, View
+from instruments.probe import Probe
+from instruments.view import Need, View
 
 Deed = Callable[[Probe], Any]
 

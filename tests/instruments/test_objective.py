@@ -12,8 +12,7 @@ from twins import total_loss
 from instruments import Refusal
 from instruments.held import HeldBatches
 from instruments.layout import Layout
-from instruments.objective import as_objective, bytes_of, clone_of, examples_of
-from instruments.probe import pooled_loss
+from instruments.objective import as_objective, bytes_of, clone_of, examples_of, pooled_loss
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.random], ids=lambda case: case.name)

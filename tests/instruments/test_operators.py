@@ -17,7 +17,7 @@ from instruments.objective import as_objective
 from instruments.operators.hessian import HessianOperator
 from instruments.operators.operator import DenseOperator, Operator
 from instruments.operators.preconditioned import PreconditionedOperator
-from instruments.probe import Meter
+from instruments.view import Meter
 
 SMOOTH = [case for case in CASES if not case.random and case.name not in ("in_place_relu",)]
 

@@ -11,8 +11,8 @@ from twins import example_gradients
 
 from instruments import Probe, ProbeSettings, Refusal
 from instruments.objective import as_objective
-from instruments.probe import Meter
 from instruments.samples.moments import SampleMoments
+from instruments.view import Meter
 
 DEFINED = [case for case in CASES if case.examples and not case.random]
 BACKPACK = {

@@ -1,0 +1,134 @@
+"""What one instrument sees of one step: what it declared in `needs`, billed and labelled.
+
+Shapes: D = trainable scalars.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, optim
+
+from instruments.layout import Layout
+from instruments.objective import examples_of
+from instruments.operators.operator import Operator
+from instruments.operators.preconditioned import PreconditionedOperator
+from instruments.preconditioners import Preconditioner
+from instruments.samples.moments import SampleMoments
+from instruments.step_effect import StepEffect
+
+if TYPE_CHECKING:
+    from instruments.probe import Probe
+
+Need = Literal["loss", "gradient", "samples", "hessian", "preconditioner", "update", "groups"]
+
+
+@dataclass
+class Meter:
+    """What one reading used, in gradients (forward + backward) and in Hessian-vector products."""
+
+    gradients: float = 0.0
+    products: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+class _Counted(Operator):
+    """An operator whose products are billed to one reading."""
+
+    def __init__(self, operator: Operator, meter: Meter) -> None:
+        self._operator, self._meter = operator, meter
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.price, self.route = operator.price, operator.route
+
+    def matvec(self, v_D: Tensor) -> Tensor:
+        self._meter.products += 1
+        return self._operator.matvec(v_D)
+
+
+class View:
+    """What one instrument sees of one step: what it declared, billed and labelled. Undeclared needs raise."""
+
+    def __init__(self, probe: "Probe", needs: frozenset[Need]) -> None:
+        self._probe, self._needs = probe, needs
+        self.meter = Meter(
+            provenance={
+                "batch": "step",
+                "examples": sum(map(examples_of, probe.batches)) or "unknown",
+                "mode": probe.settings.mode,
+                "precision": str(probe.layout.dtype).removeprefix("torch."),
+            }
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken before the one that this reading belongs to."""
+        return self._probe.step
+
+    @property
+    def optimizers(self) -> tuple[optim.Optimizer, ...]:
+        self._declared("groups")
+        return self._probe.optimizers
+
+    @property
+    def loss(self) -> Tensor:
+        """Training loss of the step, unscaled."""
+        self._declared("loss")
+        return self._probe.loss(self.meter)
+
+    @property
+    def loss_given(self) -> bool:
+        """Whether the user passed the loss to observe; otherwise asking for it costs a forward."""
+        return self._probe.loss_given
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """Norm of what stands in `.grad`, unscaled."""
+        self._declared("gradient")
+        return self._probe.gradient_norm
+
+    @property
+    def moments(self) -> SampleMoments:
+        """Per-example gradient statistics of the step's batch."""
+        self._declared("samples")
+        moments = self._probe.moments(self.meter)
+        self.meter.provenance["examples"] = moments.examples
+        return moments
+
+    @property
+    def hessian(self) -> Operator:
+        """Hessian of the training loss on the held batches."""
+        self._declared("hessian")
+        return _Counted(self._probe.hessian(self.meter), self.meter)
+
+    @property
+    def gradient_D(self) -> Tensor:
+        """Gradient of the loss on the held batches, shape (D,): free where the Hessian's graph is kept."""
+        self._declared("hessian")
+        return self._probe.hessian(self.meter).gradient_D
+
+    @property
+    def preconditioner(self) -> Preconditioner:
+        """D and c of the optimizers at this step."""
+        self._declared("preconditioner")
+        return self._probe.preconditioner
+
+    @property
+    def preconditioned(self) -> Operator:
+        """1/2 D^1/2 (H + diag c) D^1/2, whose largest eigenvalue is rho."""
+        self._declared("hessian")
+        p = self.preconditioner
+        hessian = _Counted(self._probe.hessian(self.meter), self.meter)
+        return PreconditionedOperator(hessian, p.scale_D / 2, p.decay_D)
+
+    @property
+    def layout(self) -> Layout:
+        return self._probe.layout
+
+    @property
+    def effect(self) -> StepEffect:
+        """What the step did to the loss of its own batch; only after the optimizer's step."""
+        self._declared("update")
+        return self._probe.effect(self.meter)
+
+    def _declared(self, need: Need) -> None:
+        if need not in self._needs:
+            raise AssertionError(f"the instrument asked for '{need}', which its `needs` do not declare")
