@@ -29,7 +29,7 @@ class PreconditionedSharpness(Instrument):
     group's learning rate to cut. `headroom` = 1/rho: the factor by which all rates could grow before the edge.
     """
 
-    tol: float = 0.06
+    tol: float = 0.0675
     max_products: int = 40
 
     outputs: ClassVar[Mapping[str, Output]] = {

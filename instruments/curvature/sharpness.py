@@ -25,7 +25,7 @@ class Sharpness(Instrument):
     readings on the same number of examples.
     """
 
-    tol: float = 0.06
+    tol: float = 0.0675
     max_products: int = 40
 
     outputs: ClassVar[Mapping[str, Output]] = {

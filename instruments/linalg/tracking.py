@@ -23,7 +23,7 @@ from torch import Tensor
 from instruments.linalg.lanczos import Ritz, random_start, top_eigenvalue
 from instruments.operators.operator import Operator
 
-HINT, RANDOM = 0.2, 0.1  # weights in a warm start, against 1 for the last Ritz vector
+HINT, RANDOM = 0.2, 0.02  # weights in a warm start, against 1 for the last Ritz vector
 FRESH_RANDOM = 0.5  # weight of the random vector in a fresh start, against 1 for the hint
 FRESH_TOL = 0.03
 YOUNG, AUDIT_EVERY, DROP = 3, 10, 0.14
