@@ -40,6 +40,7 @@ $(DEV): pyproject.toml constraints.txt requirements-dev.txt | $(PY)
 demo: $(BASE)
 	$(VENV)/bin/cockpit-bench run digits_2c2d --algorithm adam --panel standard --threads 1 --again --runs $(DEMO_RUNS)
 	@echo
+	@printf 'picture   ' && $(VENV)/bin/cockpit-bench plot $(DEMO_RUNS)
 	@echo 'The run folder is named above. Next:'
 	@echo '  .venv/bin/cockpit-bench show $(DEMO_RUNS)'
 	@echo '  .venv/bin/tensorboard --logdir $(DEMO_RUNS)'

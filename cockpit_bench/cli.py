@@ -18,6 +18,7 @@ An instrument panel for training neural networks in PyTorch, and a benchmark who
   list   what there is: workloads, instruments, panels, algorithms
   run    train a workload under the clock with a panel of instruments
   show   what a run folder says
+  plot   the panel picture of a run
 """
 
 
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     _list(sub)
     _run(sub)
     _show(sub)
+    _plot(sub)
     return top
 
 
@@ -86,6 +88,19 @@ def _show(sub: Any) -> None:
     )
     p.add_argument("run", help="a run folder, or a folder of runs (its latest is shown)")
     p.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+
+
+def _plot(sub: Any) -> None:
+    p = sub.add_parser(
+        "plot",
+        help="the panel picture of a run",
+        description="Metric, loss, step, gradient, curvature and clock of a run in one picture of 1600 x 1000 pixels.",
+        epilog="example: cockpit-bench plot runs --format pdf",
+    )
+    p.add_argument("run", help="a run folder, or a folder of runs (its latest is drawn)")
+    p.add_argument("--out", metavar="FILE", help="where to write it (default: figures/panel.png of the run)")
+    p.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="without --out (default: png)")
+    p.add_argument("--json", action="store_true", help="the path as JSON on stdout")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +28,7 @@ from cockpit_bench.cadence import Budget
 from cockpit_bench.clock import Clock
 from cockpit_bench.ending import Ending
 from cockpit_bench.observer import Observer
-from cockpit_bench.panels import assemble
+from cockpit_bench.panels import assemble, declared
 from cockpit_bench.readout import Readout
 from cockpit_bench.recorder import Recorder
 from cockpit_bench.runlog import Metrics, Outcome, Reading, Record
@@ -87,7 +88,10 @@ class Cockpit:
         device = Layout.of(unwrapped(model)).device
         self.clock = Clock(sync=torch.cuda.synchronize if device.type == "cuda" else None)
         slots, purse, held = assemble(panel, instruments, steps), Budget(budget), HeldBatches(probe)
-        self._recorder = Recorder(self.clock, logdir, resume, sinks, target, steps, interactive=interactive)
+        about = {"target": None if target is None else asdict(target), "steps": steps, "instruments": declared(slots)}
+        self._recorder = Recorder(
+            self.clock, logdir, resume, sinks, target, steps, interactive=interactive, about=about
+        )
         self._readout = Readout(slots, purse, self.clock, self._recorder.write, strict=strict)
         self._observer = Observer(
             model, objective, optimizers, clock=self.clock, readout=self._readout, recorder=self._recorder, held=held,
@@ -176,6 +180,10 @@ class Cockpit:
                 return self._readout.refuse(label, self.step, "no batch was observed yet; pass batch=...")
             with probe:
                 return self._readout.take_now(label, found, probe)
+
+    def plot(self) -> Any:
+        """The panel picture of the run so far, a matplotlib Figure (a notebook shows it); None when switched off."""
+        return self._recorder.run().plot() if self.enabled else None
 
     @property
     def last(self) -> Mapping[str, Mapping[str, Any]]:

@@ -8,8 +8,8 @@ Cadences are in readings a run, so that a panel costs the same share of a short 
 the run is not known they fall back to a fixed period.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from cockpit_bench.cadence import Cadence, as_cadence, every, spread
@@ -103,6 +103,19 @@ def _slot(label: str, value: Any, steps: int | None) -> Slot:
         )
     due = value.resolve(steps) if isinstance(value, Readings) else as_cadence(value)
     return Slot(label, instrument, due)
+
+
+def declared(slots: Iterable[Slot]) -> dict[str, Any]:
+    """What the instruments of a run declare about their outputs: the log's header carries it, so the log explains
+    itself."""
+    return {
+        slot.label: {
+            "class": f"{type(slot.instrument).__module__}.{type(slot.instrument).__qualname__}",
+            "settings": {name: repr(value) for name, value in vars(slot.instrument).items()},
+            "outputs": {name: asdict(output) for name, output in slot.instrument.outputs.items()},
+        }
+        for slot in slots
+    }
 
 
 def describe(panel: str) -> str:

@@ -2,12 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cockpit_bench.clock import Clock
 from cockpit_bench.environment import environment
-from cockpit_bench.runlog import Event, LogWriter, Outcome, Record, RunFolder, new_header
+from cockpit_bench.runlog import Event, LogWriter, Outcome, Record, Run, RunFolder, new_header, read_run
 from cockpit_bench.sinks import CallbackSink, ConsoleSink, Fanout, JsonlSink, MemorySink, Sink, TensorBoardSink
 from workloads.target import Target
 
@@ -31,14 +32,15 @@ class Recorder:
         steps: int | None,
         *,
         interactive: bool,
+        about: Mapping[str, Any],
     ) -> None:
         self.memory = MemorySink(KEPT_IN_MEMORY)
-        self._clock, self._begun, self._closed = clock, False, False
+        self._clock, self._about, self._begun, self._closed = clock, about, False, False
         self.folder = RunFolder.create(logdir, resume=resume) if logdir is not None else None
         self._resumed = self.folder is not None and self.folder.log_path.exists()
         own: list[Sink] = [self.memory]
         if self.folder is not None:
-            header = new_header(self.folder.path.resolve().name)
+            header = new_header(self.folder.path.resolve().name, **about)
             own.append(JsonlSink(LogWriter(self.folder.log_path, header)))
             self.folder.write_environment(environment())
             self.folder.write_status({"state": "running", "pid": os.getpid(), "step": 0})
@@ -67,6 +69,13 @@ class Recorder:
             self._fanout.add(lambda: TensorBoardSink(self.folder.path, purge_step=purge))  # type: ignore[union-attr]
         if self._resumed:
             self._fanout.write(Event(record.step, record.seconds, "superseded", {"from_step": record.step}))
+
+    def run(self) -> Run:
+        """The run so far: from the log where there is one, else from what is kept in memory."""
+        if self.folder is not None:
+            return read_run(self.folder.path)
+        header = new_header("in memory", **self._about)
+        return Run(Path("in memory"), header, self.memory.records, 0, {}, {}, {})
 
     def progress(self, step: int) -> None:
         """The status file says how far the run is."""

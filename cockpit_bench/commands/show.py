@@ -14,10 +14,10 @@ from cockpit_bench.runlog.folder import LOG
 
 def call(arguments: argparse.Namespace) -> None:
     """Print a run."""
-    print_run(read_run(_latest(Path(arguments.run))), arguments.json)
+    print_run(read_run(latest(Path(arguments.run))), arguments.json)
 
 
-def _latest(path: Path) -> Path:
+def latest(path: Path) -> Path:
     """A run folder, or the newest one in a folder of runs."""
     if (path / LOG).exists() or not path.is_dir():
         return path

@@ -127,6 +127,12 @@ class Run(Mapping[str, Readings]):
         """All events, in the order they were written."""
         return [record for record in self.records if isinstance(record, Event)]
 
+    def plot(self) -> Any:
+        """The panel picture, a matplotlib Figure of 1600 x 1000 pixels (a notebook shows it)."""
+        from cockpit_bench.plots.panel import panel  # matplotlib is imported by who draws
+
+        return panel(self)
+
     @property
     def outcome(self) -> Outcome | None:
         """How the run ended; None while it goes on, or when it was killed."""

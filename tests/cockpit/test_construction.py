@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_cases import CASES, Case, Training, mlp, rows
+from loop_cases import CASES, Case, Training, case_named, mlp, rows
 from torch import Tensor, nn, optim
 from traces import state_of
 from watching import EVERYTHING, events, readings, watch
@@ -14,6 +14,7 @@ from watching import EVERYTHING, events, readings, watch
 from cockpit_bench import Cockpit, at, batches
 from instruments.curvature.sharpness import Sharpness
 from instruments.gradient.norm import Norm
+from instruments.running import unwrapped
 
 PLAIN = CASES[0]
 
@@ -127,6 +128,7 @@ def test_a_wrapped_model_is_read_as_the_module_inside(name: str) -> None:
     wrapped = Training(Case("wrapped", lambda: WRAPPERS[name](mlp())))
     cockpit = watch(wrapped)
     wrapped.run(3, cockpit.observe)
+    assert type(unwrapped(wrapped.model)) is type(inner.model)
     assert [str(r.values) for r in readings(cockpit)] == [str(r.values) for r in readings(reference)]
     assert {r.instrument for r in readings(cockpit, status="ok")} == set(EVERYTHING)
     assert not events(cockpit, "observe_failed")
@@ -134,14 +136,22 @@ def test_a_wrapped_model_is_read_as_the_module_inside(name: str) -> None:
         one.close()
 
 
-def test_a_module_that_is_really_compiled_is_read_without_compiling() -> None:
+@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile(model)", "model.compile()"])
+def test_a_module_that_is_really_compiled_is_read_without_compiling(in_place: bool) -> None:
     calls: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
-        return lambda *args: calls.append(1) or graph.forward(*args)
+        def counted(*args: Any) -> Any:
+            calls.append(1)
+            return graph.forward(*args)
 
-    training = Training(PLAIN)
-    training.model = torch.compile(training.model, backend=backend)
+        return counted
+
+    training = Training(case_named("partly used"))
+    if in_place:
+        training.model.compile(backend=backend)
+    else:
+        training.model = torch.compile(training.model, backend=backend)
     cockpit = watch(training)
     batch, loss = training.backward(0)
     compiled = len(calls)

@@ -1,5 +1,6 @@
 """A user's program that ends in several ways without closing its cockpit: python user_loop.py FOLDER ENDING."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from watching import watch
 
 
 def main(folder: str, ending: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start its background jobs without it
     training = Training(CASES[0])
     cockpit = watch(training, logdir=folder, panel="light")
     training.run(5, cockpit.observe)
