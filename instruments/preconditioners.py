@@ -54,6 +54,12 @@ Reader = Callable[[Settings, Mapping[str, Any], Tensor, Tensor], Scale]
 """(parameter group, state of the parameter or {}, parameter, its gradient) -> Scale."""
 
 READERS: dict[type[optim.Optimizer], Reader] = {}
+REFUSED: Mapping[str, str] = {
+    "Muon": "it orthogonalises its momentum, which is not linear in the gradient: no D makes rho = 1 its edge",
+    "Rprop": "it uses the sign of the gradient alone: no D makes rho = 1 its edge",
+    "LBFGS": "its step comes from a history of gradients and a line search, not from a fixed D",
+    "SparseAdam": "coordinates that a batch does not touch keep their state, so the filter differs step by step",
+}
 
 
 def reads(*classes: type[optim.Optimizer]) -> Callable[[Reader], Reader]:
@@ -77,10 +83,14 @@ def reader_of(optimizer: optim.Optimizer) -> Reader:
                 f"{type(optimizer).__name__} overrides the step of {cls.__name__}, so its preconditioner is unknown; "
                 "register a reader for it with instruments.preconditioners.reads."
             )
+    name = type(optimizer).__name__
+    if name in REFUSED:
+        raise Refusal(
+            f"preconditioned sharpness is not defined for {name}: {REFUSED[name]}; read step/step_ratio instead."
+        )
     known = ", ".join(sorted(cls.__name__ for cls in READERS))
     raise Refusal(
-        f"no preconditioner reader for {type(optimizer).__name__} (known: {known}); "
-        "register one with instruments.preconditioners.reads."
+        f"no preconditioner reader for {name} (known: {known}); register one with instruments.preconditioners.reads."
     )
 
 
@@ -138,38 +148,118 @@ def sgd(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> S
 @reads(optim.Adam, optim.AdamW)
 def adam(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> Scale:
     """p = (1 - b1^t)(sqrt(v / (1 - b2^t)) + eps), with max v for AMSGrad; F(-1) = (1 - b1)/(1 + b1)."""
-    lr, decay = _number(group["lr"]), _number(group["weight_decay"])
+    grad, lr, decay, shrink = _decayed(group, p, grad)
     beta1, beta2 = map(_number, group["betas"])
-    decoupled = bool(group.get("decoupled_weight_decay", False))
     t = _number(state.get("step", 0)) + 1
-    if not decoupled and decay:
-        grad = grad + decay * p
-    v = (1 - beta2) * grad.square()
-    if "exp_avg_sq" in state:
-        v = v + beta2 * state["exp_avg_sq"]
+    v = _average(state.get("exp_avg_sq"), grad.square(), beta2)
     if group["amsgrad"] and "max_exp_avg_sq" in state:
         v = torch.maximum(v, state["max_exp_avg_sq"])
     denominator = (1 - beta1**t) * ((v / (1 - beta2**t)).sqrt() + group["eps"])
-    shrink = 1 - lr * decay / 2 if decoupled else 1.0
-    return Scale(lr * _edge_gain(beta1) / (denominator * shrink), 0.0 if decoupled else decay)
+    return Scale(lr * _edge_gain(beta1) / (denominator * shrink), decay)
 
 
 @reads(optim.RMSprop)
 def rmsprop(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> Scale:
     """p = sqrt(v) + eps without bias correction, sqrt(v - mean^2) + eps when centred; F(-1) = 1/(1 + mu)."""
-    alpha, decay = _number(group["alpha"]), _number(group["weight_decay"])
-    if decay:
-        grad = grad + decay * p
-    v = (1 - alpha) * grad.square()
-    if "square_avg" in state:
-        v = v + alpha * state["square_avg"]
+    grad, lr, decay, _ = _decayed(group, p, grad)
+    alpha = _number(group["alpha"])
+    v = _average(state.get("square_avg"), grad.square(), alpha)
     if group["centered"]:
-        mean = (1 - alpha) * grad
-        if "grad_avg" in state:
-            mean = mean + alpha * state["grad_avg"]
-        v = v - mean.square()
-    gain = 1 / (1 + _number(group["momentum"]))
-    return Scale(_number(group["lr"]) * gain / (v.sqrt() + group["eps"]), decay)
+        v = v - _average(state.get("grad_avg"), grad, alpha).square()
+    return Scale(lr / ((1 + _number(group["momentum"])) * (v.sqrt() + group["eps"])), decay)
+
+
+@reads(optim.NAdam)
+def nadam(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> Scale:
+    """p = sqrt(v / (1 - b2^t)) + eps. The direction mixes the gradient and its average with the cached momenta mu:
+    F(-1) = (1 - mu_t)/(1 - prod mu) + mu_(t+1)/(1 - mu_(t+1) prod mu) (1 - b1)/(1 + b1)."""
+    grad, lr, decay, shrink = _decayed(group, p, grad)
+    beta1, beta2 = map(_number, group["betas"])
+    t = _number(state.get("step", 0)) + 1
+    mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (k * group["momentum_decay"])) for k in (t, t + 1))
+    product = _number(state.get("mu_product", 1.0)) * mu
+    gain = (1 - mu) / (1 - product) + mu_next / (1 - product * mu_next) * _edge_gain(beta1)
+    v = _average(state.get("exp_avg_sq"), grad.square(), beta2)
+    return Scale(lr * gain / (((v / (1 - beta2**t)).sqrt() + group["eps"]) * shrink), decay)
+
+
+@reads(optim.RAdam)
+def radam(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> Scale:
+    """p = (1 - b1^t)(sqrt(v) + eps)/(r_t sqrt(1 - b2^t)) with the rectification r_t, and 1 - b1^t while the variance
+    of v is not known (length of the average at most 5); F(-1) as Adam."""
+    grad, lr, decay, shrink = _decayed(group, p, grad)
+    beta1, beta2 = map(_number, group["betas"])
+    t = _number(state.get("step", 0)) + 1
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / (1 - beta2**t)
+    denominator: Tensor | float = 1 - beta1**t
+    if length > 5:
+        top, bottom = (length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length
+        v = _average(state.get("exp_avg_sq"), grad.square(), beta2)
+        denominator = denominator * (v.sqrt() + group["eps"]) / math.sqrt((1 - beta2**t) * top / bottom)
+    return Scale(lr * _edge_gain(beta1) / (denominator * shrink), decay)
+
+
+@reads(optim.Adamax)
+def adamax(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> Scale:
+    """p = (1 - b1^t) u with u = max(b2 u, |g| + eps); F(-1) as Adam."""
+    grad, lr, decay, _ = _decayed(group, p, grad)
+    beta1, beta2 = map(_number, group["betas"])
+    t = _number(state.get("step", 0)) + 1
+    u = grad.abs() + group["eps"]
+    if "exp_inf" in state:
+        u = torch.maximum(u, beta2 * state["exp_inf"])
+    return Scale(lr * _edge_gain(beta1) / ((1 - beta1**t) * u), decay)
+
+
+@reads(optim.Adagrad)
+def adagrad(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> Scale:
+    """p = (sqrt(sum g^2) + eps)(1 + (t - 1) lr_decay); F(-1) = 1."""
+    grad, lr, decay, _ = _decayed(group, p, grad)
+    slowed = 1 + _number(state.get("step", 0)) * group["lr_decay"]
+    return Scale(lr / (((state.get("sum", 0) + grad.square()).sqrt() + group["eps"]) * slowed), decay)
+
+
+@reads(optim.Adadelta)
+def adadelta(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> Scale:
+    """p = sqrt(v + eps)/sqrt(delta + eps), delta the average of squared steps before this one; F(-1) = 1."""
+    grad, lr, decay, _ = _decayed(group, p, grad)
+    v = _average(state.get("square_avg"), grad.square(), _number(group["rho"]))
+    delta = torch.as_tensor(state.get("acc_delta", 0.0), dtype=p.dtype, device=p.device)
+    return Scale(lr * ((delta + group["eps"]) / (v + group["eps"])).sqrt(), decay)
+
+
+@reads(optim.Adafactor)
+def adafactor(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> Scale:
+    """D = alpha / (clip sqrt(v)), alpha = max(eps2, rms(x)) min(lr, t^-1/2), clip = max(1, rms(g / sqrt(v)) / d), v
+    factored into rows and columns for matrices; decoupled decay; F(-1) = 1. alpha and clip are held fixed with v."""
+    t = _number(state.get("step", 0)) + 1
+    forget, eps1 = t ** group["beta2_decay"], group["eps"][0] or torch.finfo(p.dtype).eps
+    square = grad.square()
+    if grad.dim() > 1:
+        row = _average(state.get("row_var"), square.mean(-1, keepdim=True), 1 - forget)
+        column = _average(state.get("col_var"), square.mean(-2, keepdim=True), 1 - forget)
+        v = row @ column / row.mean(-2, keepdim=True).clamp(min=eps1)
+    else:
+        v = _average(state.get("variance"), square, 1 - forget)
+    root = v.clamp(min=eps1 * eps1).sqrt()
+    lr = _number(group["lr"])
+    alpha = p.square().mean().sqrt().clamp(min=group["eps"][1]) * min(lr, t**-0.5)
+    clip = ((grad / root).square().mean().sqrt() / group["d"]).clamp(min=1.0)
+    return Scale(alpha / (clip * root * (1 - lr * _number(group["weight_decay"]) / 2)))
+
+
+def _decayed(group: Settings, p: Tensor, grad: Tensor) -> tuple[Tensor, float, float, float]:
+    """The gradient with coupled decay added, learning rate, coupled decay c, and 1 - omega/2 for decoupled decay."""
+    lr, decay = _number(group["lr"]), _number(group["weight_decay"])
+    if group.get("decoupled_weight_decay", False):
+        return grad, lr, 0.0, 1 - lr * decay / 2
+    return (grad + decay * p if decay else grad), lr, decay, 1.0
+
+
+def _average(old: Tensor | None, new: Tensor, beta: float) -> Tensor:
+    """beta old + (1 - beta) new, from zero where there is no old one."""
+    return (1 - beta) * new if old is None else beta * old + (1 - beta) * new
 
 
 def headroom(rho: float) -> float:

@@ -16,7 +16,6 @@ from instruments.preconditioners import headroom, read_preconditioner, reads
 from instruments.refusal import Refusal
 
 STEPS = 3000
-SECOND_MOMENTS = {"exp_avg_sq": "betas", "square_avg": "alpha"}
 Groups = list[dict[str, Any]]
 
 
@@ -24,6 +23,34 @@ def hessian(seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(12, 12, generator=g, dtype=torch.float64))
     return q @ torch.diag(torch.logspace(-1, 1, 12, dtype=torch.float64)) @ q.T
+
+
+def hold_state(cls: Any, group: Any, state: Any, grad: Tensor, v: Tensor, mean: Tensor) -> None:
+    """Set the state of one parameter so that the next step uses v, whatever the gradient is."""
+    state["step"] = torch.tensor(1e5)
+    for name in ("exp_avg", "momentum_buffer"):
+        state.setdefault(name, torch.zeros(4, dtype=torch.float64))
+    if cls in (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam):
+        beta2 = group["betas"][1]
+        state["exp_avg_sq"] = (v - (1 - beta2) * grad**2) / beta2
+        state["max_exp_avg_sq"] = 0.5 * v  # below v: the maximum is v
+        state["mu_product"] = torch.tensor(0.0)  # the product of many momenta
+    elif cls is optim.RMSprop:
+        alpha = group["alpha"]
+        state["square_avg"] = (v - (1 - alpha) * grad**2) / alpha
+        state["grad_avg"] = (mean - (1 - alpha) * grad) / alpha
+    elif cls is optim.Adamax:
+        state["exp_inf"] = v / group["betas"][1]  # the gradients of this test are far below v
+    elif cls is optim.Adagrad:
+        state["sum"], state["step"] = v - grad**2, torch.tensor(3.0)
+    elif cls is optim.Adadelta:
+        rho = group["rho"]
+        state["square_avg"], state["acc_delta"] = (v - (1 - rho) * grad**2) / rho, mean.clone()
+    elif cls is optim.Adafactor:
+        state["step"] = torch.tensor(9.0)
+        forget = 10.0 ** group["beta2_decay"]
+        state["variance"] = (v - forget * grad**2) / (1 - forget)
+        state["row_var"] = state["col_var"] = None
 
 
 class Held:
@@ -34,7 +61,7 @@ class Held:
         g = torch.Generator().manual_seed(seed + 100)
         self.h = hessian(seed)
         self.model = nn.ParameterList(
-            [nn.Parameter(torch.randn(4, generator=g, dtype=torch.float64)) for _ in range(3)]
+            [nn.Parameter(1e-6 * torch.randn(4, generator=g, dtype=torch.float64)) for _ in range(3)]
         )
         self.optimizer = make([{**group, "params": [p]} for group, p in zip(groups, self.model, strict=True)])
         self.targets = [torch.rand(4, generator=g, dtype=torch.float64) + 0.05 for _ in range(3)]
@@ -50,23 +77,8 @@ class Held:
         for group, v, mean in zip(self.optimizer.param_groups, self.targets, self.means, strict=True):
             p = group["params"][0]
             state = self.optimizer.state[p]
-            decoupled = group.get("decoupled_weight_decay", False)
-            grad = p.grad + (0 if decoupled else group["weight_decay"]) * p.detach()
-            if "betas" in group:
-                beta2 = group["betas"][1]
-                state.setdefault("exp_avg", torch.zeros(4, dtype=torch.float64))
-                state["exp_avg_sq"] = (v - (1 - beta2) * grad**2) / beta2
-                state["step"] = torch.tensor(1e5)
-                if group["amsgrad"]:
-                    state["max_exp_avg_sq"] = 0.5 * v  # below v: the maximum is v
-            elif "alpha" in group:
-                alpha = group["alpha"]
-                state["square_avg"] = (v - (1 - alpha) * grad**2) / alpha
-                state["step"] = torch.tensor(1e5)
-                if group["centered"]:
-                    state["grad_avg"] = (mean - (1 - alpha) * grad) / alpha
-                if group["momentum"]:
-                    state.setdefault("momentum_buffer", torch.zeros(4, dtype=torch.float64))
+            coupled = 0.0 if group.get("decoupled_weight_decay", False) else group["weight_decay"]
+            hold_state(type(self.optimizer), group, state, p.grad + coupled * p.detach(), v, mean)
 
     def rho(self) -> float:
         self.gradient()
@@ -136,6 +148,13 @@ CASES: Mapping[str, tuple[Callable[..., optim.Optimizer], Groups]] = {
         optim.AdamW,
         [{"lr": 0.02, "weight_decay": 2.0}, {"lr": 0.2, "betas": (0.0, 0.9)}, {"lr": 0.1, "eps": 0.1}],
     ),
+    "nadam": (optim.NAdam, same()),
+    "nadam_decoupled": (optim.NAdam, same(weight_decay=0.3, decoupled_weight_decay=True)),
+    "radam": (optim.RAdam, same(weight_decay=0.2)),
+    "adamax": (optim.Adamax, same(weight_decay=0.1)),
+    "adagrad": (optim.Adagrad, same(lr_decay=0.1)),
+    "adadelta": (optim.Adadelta, same(weight_decay=0.1)),
+    "adafactor": (optim.Adafactor, [{"lr": 0.001, "beta2_decay": -3.0, "eps": (None, 1.0), "weight_decay": 0.5}] * 3),
     "rmsprop": (optim.RMSprop, same()),
     "rmsprop_momentum": (optim.RMSprop, same(momentum=0.9, alpha=0.9)),
     "rmsprop_centred": (optim.RMSprop, same(centered=True, momentum=0.5, weight_decay=0.1)),
@@ -150,6 +169,40 @@ def test_rho_is_the_edge(name: str, seed: int) -> None:
         held = Held(make, groups, seed)
         held.scale_to(rho)
         assert held.fate() == fate, f"rho = {rho}"
+
+
+OTHERS = (optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.Adafactor)
+
+
+@pytest.mark.parametrize("make", OTHERS)
+@pytest.mark.parametrize("shape", [(5,), (3, 4)])
+@pytest.mark.parametrize("steps", [0, 1, 4, 5, 30])
+def test_the_step_is_d_times_the_direction(make: Any, shape: tuple[int, ...], steps: int) -> None:
+    """What is read before a step accounts for the step that torch then takes, with factored and rectified moments."""
+    torch.manual_seed(steps)
+    start, history = torch.randn(shape, dtype=torch.float64), torch.randn(steps, *shape, dtype=torch.float64)
+    last = torch.randn(shape, dtype=torch.float64)
+
+    def moved(final: Tensor) -> tuple[Tensor, Tensor]:
+        p = nn.Parameter(start.clone())
+        optimizer = make([p], lr=0.01)
+        for grad in history:
+            p.grad = grad.clone()
+            optimizer.step()
+        p.grad = final.clone()
+        before = p.detach().clone()
+        layout = Layout(("p",), (p,))
+        scale_D = read_preconditioner([optimizer], layout, [p.grad]).scale_D
+        optimizer.step()
+        return p.detach() - before, scale_D.view(shape)
+
+    step, scale = moved(last)
+    if make in (optim.Adagrad, optim.Adadelta, optim.Adafactor):  # F = 1: the whole step is -D g
+        assert torch.allclose(step, -scale * last, rtol=1e-9)
+    elif make is optim.NAdam:
+        assert (scale > 0).all()
+    elif steps == 0:  # the average is (1 - b1) g: the step is -D g (1 - b1) / F(-1) = -D g (1 + b1)
+        assert torch.allclose(step, -scale * last * 1.9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("make", [optim.Adam, optim.AdamW, optim.RMSprop, optim.SGD])
@@ -226,7 +279,9 @@ def test_unknown_optimizers_are_refused_and_can_be_registered(monkeypatch: pytes
     read_preconditioner([Renamed([p])], layout, [p.grad])
     with pytest.raises(Refusal, match="overrides the step of Adam"):
         read_preconditioner([Changed([p])], layout, [p.grad])
-    with pytest.raises(Refusal, match=r"no preconditioner reader for Rprop \(known: Adam, AdamW, RMSprop, SGD\)"):
+    with pytest.raises(Refusal, match=r"no preconditioner reader for ASGD \(known: Adadelta, .*, SGD\)"):
+        read_preconditioner([optim.ASGD([p])], layout, [p.grad])
+    with pytest.raises(Refusal, match=r"rho is not defined for Rprop: .*; read step/step_ratio"):
         read_preconditioner([optim.Rprop([p])], layout, [p.grad])
     with pytest.raises(Refusal, match="maximizes"):
         read_preconditioner([optim.SGD([p], lr=0.1, maximize=True)], layout, [p.grad])
