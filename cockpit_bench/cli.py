@@ -19,6 +19,7 @@ An instrument panel for training neural networks in PyTorch, and a benchmark who
   run    train a workload under the clock with a panel of instruments
   show   what a run folder says
   plot   the panel picture of a run
+  dash   TensorBoard on this machine, at the cockpit's charts
 """
 
 
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     _run(sub)
     _show(sub)
     _plot(sub)
+    _dash(sub)
     return top
 
 
@@ -101,6 +103,18 @@ def _plot(sub: Any) -> None:
     p.add_argument("--out", metavar="FILE", help="where to write it (default: figures/panel.png of the run)")
     p.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="without --out (default: png)")
     p.add_argument("--json", action="store_true", help="the path as JSON on stdout")
+
+
+def _dash(sub: Any) -> None:
+    p = sub.add_parser(
+        "dash",
+        help="TensorBoard on this machine, at the cockpit's charts",
+        description="Start TensorBoard on the loopback address and print the link. Ctrl-C stops it.",
+        epilog="example: cockpit-bench dash runs --port 0",
+    )
+    p.add_argument("logdir", nargs="?", default="runs", help="a run folder or a folder of runs (default: runs)")
+    p.add_argument("--port", type=int, default=6006, metavar="N", help="0 takes any that is free (default: 6006)")
+    p.add_argument("--json", action="store_true", help="the link as JSON on stdout")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

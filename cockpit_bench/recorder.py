@@ -66,7 +66,8 @@ class Recorder:
         self._begun = True
         if self._wants_tensorboard and self.folder is not None:
             purge = record.step if self._resumed else None
-            self._fanout.add(lambda: TensorBoardSink(self.folder.path, purge_step=purge))  # type: ignore[union-attr]
+            path, about = self.folder.path, self._about
+            self._fanout.add(lambda: TensorBoardSink(path, purge_step=purge, about=about))
         if self._resumed:
             self._fanout.write(Event(record.step, record.seconds, "superseded", {"from_step": record.step}))
 

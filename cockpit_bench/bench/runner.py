@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ class _Run:
             target=self.target, steps=trial.steps, probe=self._probe_batches(), sinks=sinks,
         )  # fmt: skip
         self.cockpit.write_text("trial.toml", trial.to_toml())
+        self.cockpit.event("trial", **{name: value for name, value in asdict(trial).items() if value is not None})
         self.cockpit.event("data", sha256=data.sha256, target=str(self.target), **data.notes)
 
     def outcome(self) -> Outcome:

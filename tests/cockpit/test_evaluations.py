@@ -56,7 +56,9 @@ def test_a_nan_never_hits_and_is_never_the_best(target: Any) -> None:
     training = Training(PLAIN)
     cockpit = watch(training, target=target, instruments=None)
     worse = -1.0 if target.direction == "at_least" else 1.0
-    evaluated(cockpit, training, [{"m": math.nan}, {"m": worse}, {"m": torch.tensor(math.nan)}])
+    evaluated(cockpit, training, [{"m": math.nan}])
+    assert cockpit.state_dict()["ending"]["best"] is None
+    evaluated(cockpit, training, [{"m": worse}, {"m": torch.tensor(math.nan)}])
     assert not cockpit.target_hit
     outcome = cockpit.close()
     assert outcome is not None
@@ -66,7 +68,7 @@ def test_a_nan_never_hits_and_is_never_the_best(target: Any) -> None:
 def test_other_metrics_do_not_hit() -> None:
     training = Training(PLAIN)
     cockpit = watch(training, target=at_least("valid_accuracy", 0.9), instruments=None)
-    evaluated(cockpit, training, [{"train_accuracy": 1.0}])
+    evaluated(cockpit, training, [{"train_accuracy": 1.0}, {"train_accuracy": 1.0, "valid_accuracy": 0.5}])
     assert not cockpit.target_hit
     cockpit.log(valid_accuracy=1.0)
     assert not cockpit.target_hit, "only an evaluation counts"

@@ -107,3 +107,52 @@ def test_resuming_purges_what_is_taken_back(tmp_path: Path) -> None:
         sink.close()
     expected = [(step, 0.0) for step in range(6)] + [(step, 6.0) for step in range(6, 9)]
     assert points(read_back(tmp_path), "batch/loss/loss") == expected
+
+
+ABOUT = {
+    "target": {"metric": "valid_accuracy", "value": 0.9, "direction": "at_least"},
+    "instruments": {"curvature/preconditioned_sharpness": {}, "gradient/norm": {}},
+}
+
+
+def test_custom_charts_have_their_lines(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path, about=ABOUT)
+    sink.write(Metrics(8, 0.2, {"valid_accuracy": 0.75}, "evaluation"))
+    sink.close()
+    found = read_back(tmp_path)
+    assert points(found, "edges/rho") == [(8, 1.0)]
+    assert points(found, "edges/target") == [(8, pytest.approx(0.9))]
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    (layout,) = found.Tensors("custom_scalars__config__")
+    charts = Layout.FromString(layout.tensor_proto.string_val[0]).category[0].chart
+    tags = [tag for chart in charts for tag in chart.multiline.tag]
+    assert tags == [
+        "curvature/preconditioned_sharpness/rho$", "edges/rho", "metrics/valid_accuracy$", "edges/target", "tax/.*",
+    ]  # fmt: skip
+
+
+def test_a_run_without_target_and_instruments_has_no_charts(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path, about={"target": None, "instruments": {}})
+    sink.write(Metrics(8, 0.2, {"valid_accuracy": 0.75}, "evaluation"))
+    sink.close()
+    assert set(read_back(tmp_path).Tags()["scalars"]) == {"metrics/valid_accuracy"}
+
+
+def test_the_trial_is_a_table_and_its_outcome_has_hyperparameters(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    trial = {"workload": "quadratic", "seed": 0, "hyperparameters": {"lr": 0.1, "betas": [0.9, 0.99]}}
+    sink.write(Event(0, 0.0, "trial", trial))
+    sink.write(Outcome("hit", 5, 0.5, 3, 0.3, 0.95, "", {}, 0.5, {}))
+    sink.close()
+    assert len(list(tmp_path.iterdir())) == 1, "one event file, no second run in a sub-folder"
+    found = read_back(tmp_path)
+    (table,) = found.Tensors("trial/text_summary")
+    assert b"| hyperparameters.lr | 0.1 |" in table.tensor_proto.string_val[0]
+    assert points(found, "outcome/hit_step") == [(5, 3.0)]
+    metadata = found.SummaryMetadata("_hparams_/session_start_info")
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    values = HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info.hparams
+    assert values["hyperparameters.lr"].number_value == 0.1
+    assert values["outcome"].string_value == "hit"
