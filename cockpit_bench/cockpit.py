@@ -15,9 +15,11 @@ Three promises: observation never changes training; an instrument never stops tr
 import atexit
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -85,8 +87,8 @@ class Cockpit:
                 f"expected accumulate (micro-batches of a step) to be a whole number >= 1, got {accumulate!r}"
             )
         objective, optimizers = as_objective(loss), _as_optimizers(optimizer)
-        device = Layout.of(unwrapped(model)).device
-        self.clock = Clock(sync=torch.cuda.synchronize if device.type == "cuda" else None)
+        self._device = Layout.of(unwrapped(model)).device
+        self.clock = Clock(sync=partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None)
         slots, purse, held = assemble(panel, instruments, steps), Budget(budget), HeldBatches(probe)
         about = {"target": None if target is None else asdict(target), "steps": steps, "instruments": declared(slots)}
         self._recorder = Recorder(
@@ -99,7 +101,8 @@ class Cockpit:
         )  # fmt: skip
         self._ending = Ending(target)
         self._closed, self._earlier_error = False, id(_last_error())
-        atexit.register(self._at_exit)
+        self._exit = partial(_close_at_exit, weakref.ref(self))
+        atexit.register(self._exit)
 
     # What the user's loop calls.
 
@@ -147,7 +150,7 @@ class Cockpit:
             yield self._evaluated
 
     def _evaluated(self, **metrics: float | Tensor) -> None:
-        values = _floats(metrics)
+        values = self._numbers(metrics)
         self._recorder.write(Metrics(self.step, self.clock.training, values, "evaluation"))
         if self._ending.evaluated(values, self.step, self.clock.training):
             self._observer.event("target_hit", target=str(self._ending.target))
@@ -156,7 +159,17 @@ class Cockpit:
     def log(self, **values: float | Tensor) -> None:
         """The user's own scalars, on the axis of the run."""
         if self.enabled:
-            self._recorder.write(Metrics(self.step, self.clock.training, _floats(values), "user"))
+            self._recorder.write(Metrics(self.step, self.clock.training, self._numbers(values), "user"))
+
+    def _numbers(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """The values as numbers; what is none is left out with an event."""
+        numbers = {}
+        for name, value in values.items():
+            try:
+                numbers[name] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                self._observer.trouble(ValueError(f"expected one number as '{name}', got {type(value)}: {error}"))
+        return numbers
 
     def event(self, name: str, **detail: Any) -> None:
         """Something of the user's own that happened once, with whatever numbers and texts belong to it."""
@@ -166,8 +179,9 @@ class Cockpit:
     def read(self, instrument: str | Instrument, batch: Batch | None = None) -> Reading:
         """One reading now, whatever the cadence and the budget, on this batch or on the last one observed.
 
-        Between backward and the optimizer's step the gradient is the one that stands in `.grad`. An instrument of the
-        panel goes on from its memory. What cannot be read comes back with status and reason.
+        Between backward and the optimizer's step the gradient is the one that stands in `.grad`. Without a batch,
+        curvature is read on the held ones and an instrument of the panel goes on from its memory; with one, everything
+        is read on it, from no memory. What cannot be read comes back with status and reason.
         """
         if not self.enabled:
             return Reading(str(instrument), 0, 0.0, "skipped", reason="the cockpit is switched off")
@@ -175,11 +189,14 @@ class Cockpit:
         known = {s.label: s.instrument for s in self._readout.stations}
         found = known.get(label) or (catalogue.make(instrument) if isinstance(instrument, str) else instrument)
         with self.clock.bucket("observe"):
-            probe = self._observer.probe_now(batch)
+            try:
+                probe = self._observer.probe_now(batch)
+            except ValueError as error:
+                return self._readout.refuse(label, self.step, str(error))
             if probe is None:
                 return self._readout.refuse(label, self.step, "no batch was observed yet; pass batch=...")
             with probe:
-                return self._readout.take_now(label, found, probe)
+                return self._readout.take_now(label, found, probe, fresh=batch is not None)
 
     def plot(self) -> Any:
         """The panel picture of the run so far, a matplotlib Figure (a notebook shows it); None when switched off."""
@@ -213,6 +230,7 @@ class Cockpit:
         return {
             "step": self.step,
             "compared": self._observer.loop.compared,
+            "gradient_factor": self._observer.loop.gradient_factor,
             "clock": self.clock.state_dict(),
             "readout": self._readout.state_dict(),
             "ending": self._ending.state_dict(),
@@ -223,18 +241,21 @@ class Cockpit:
         """Continue from a checkpoint; records of the resumed log from its step on no longer count."""
         if not self.enabled or not state:
             return
-        self._observer.loop.step, self._observer.loop.compared = int(state["step"]), bool(state["compared"])
+        loop = self._observer.loop
+        loop.step, loop.compared = int(state["step"]), bool(state["compared"])
+        loop.gradient_factor = float(state["gradient_factor"])
+        self._recorder.from_step = loop.step
         self.clock.load_state_dict(state["clock"])
         self._readout.load_state_dict(state["readout"])
         self._ending.load_state_dict(state["ending"])
-        self._observer.held.load_state_dict(state["held"])
+        self._observer.held.load_state_dict(state["held"], self._device)
 
     def close(self, status: Status | None = None, reason: str = "") -> Outcome | None:
         """End the run: the outcome is written, the summary printed, hooks and sinks are closed. Safe to call twice."""
         if not self.enabled or self._closed:
             return self.outcome
         self._closed = True
-        atexit.unregister(self._at_exit)
+        atexit.unregister(self._exit)
         try:
             self._observer.close()
         finally:
@@ -264,10 +285,23 @@ class Cockpit:
     ) -> None:
         self.close(*_status_of(error))
 
+    def __del__(self) -> None:
+        """Dropped without close(): the log still gets its outcome."""
+        if getattr(self, "_closed", True) is False:
+            with suppress(Exception):
+                self.close()
+
     def _at_exit(self) -> None:
         """The interpreter ends and nobody closed the run: the log says how it ended."""
         error = _last_error()
         self.close(*_status_of(None if id(error) == self._earlier_error else error))
+
+
+def _close_at_exit(reference: "weakref.ref[Cockpit]") -> None:
+    """Only a cockpit that is still in use is closed: being remembered here must not keep a model alive."""
+    cockpit = reference()
+    if cockpit is not None:
+        cockpit._at_exit()
 
 
 def off() -> bool:
@@ -305,7 +339,3 @@ def _as_optimizers(given: Any) -> tuple[Any, ...]:
     if not optimizers:
         raise ValueError("expected at least one optimizer, got an empty sequence.")
     return optimizers
-
-
-def _floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}

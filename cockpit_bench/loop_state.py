@@ -20,6 +20,8 @@ class LoopState:
     stepping: bool = False
     skipping: bool = False
     compared: bool = False
+    gradient_factor: float = 1.0
+    version: int = 0
     stepped: set[int] = field(default_factory=set)
     norm: Tensor | None = None
     pending: tuple[Any, list[Any]] | None = None

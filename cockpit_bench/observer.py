@@ -20,9 +20,9 @@ from instruments.objective import Batch, Objective
 from instruments.probe import Probe, ProbeSettings
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
+from instruments.view import RUNS_MODEL
 
 CLIP_TOLERANCE = 1e-3
-MODEL_NEEDS = frozenset({"samples", "hessian", "update"})
 
 
 class Observer:
@@ -63,10 +63,10 @@ class Observer:
             return  # a closure evaluated again within one step: the first evaluation counted
         if loop.observed:
             self._previous_step_over()
-        loop.take(batch, loss)
+        loop.take(batch, self._one_number(loss))
         if len(loop.batches) < self._accumulate:
             return
-        loop.observed = True
+        loop.observed, loop.version = True, self._version()
         self.last_loss = loop.loss
         if self._collects:
             self.held.offer(loop.batches)
@@ -79,10 +79,12 @@ class Observer:
         if is_empty(loop.batches[0]):
             raise Refusal("expected a batch with at least one example, got an empty one; nothing was read at this step")
         needs = frozenset().union(*(s.instrument.needs for s in stations))
-        with self.probe(loop.batches, loop.loss) as probe:
-            if needs & MODEL_NEEDS and not loop.compared:
+        trusted = loop.loss is not None and not needs & RUNS_MODEL and all(s.built_in for s in stations)
+        with self.probe(loop.batches, loop.loss, guarded=not trusted) as probe:
+            if needs & RUNS_MODEL and not loop.compared:
                 loop.compared = True
                 self._compare(probe)
+                probe.gradient_factor = loop.gradient_factor
             for station in stations:
                 if "update" not in station.instrument.needs:
                     self._readout.take(station, probe)
@@ -148,8 +150,19 @@ class Observer:
         self.settle()
         self._watch.close()
 
-    def probe(self, batches: Sequence[Batch], loss: Tensor | float | None) -> Probe:
-        """The present state of training, to be used in a `with`."""
+    def probe(
+        self,
+        batches: Sequence[Batch],
+        loss: Tensor | float | None,
+        *,
+        held: HeldBatches | None = None,
+        guarded: bool = True,
+    ) -> Probe:
+        """The present state of training, to be used in a `with`.
+
+        Not guarded from the start are only instruments of this library that do not run the model.
+        """
+        held = self.held if held is None else held
         return Probe(
             self._model,
             self._objective,
@@ -157,16 +170,20 @@ class Observer:
             batches,
             step=self.loop.step,
             loss=loss,
-            held=self.held if self.held.batches else None,
+            held=held if held.batches else None,
             loss_scale=loss_scale(self._scaler, self._optimizers),
+            gradient_factor=self.loop.gradient_factor,
             settings=self._settings,
+            guarded=guarded,
         )
 
     def probe_now(self, batch: Batch | None) -> Probe | None:
         """The probe of a reading on demand: of this batch or of the last one observed; None when there is neither."""
         loop = self.loop
         if batch is not None:
-            return self.probe([batch], None)
+            given = HeldBatches([batch])
+            given.label = "given"
+            return self.probe([batch], None, held=given)
         if not loop.last and not self.held.batches:
             return None
         return self.probe(loop.last, loop.loss if loop.observed else None)
@@ -183,6 +200,8 @@ class Observer:
 
     def _previous_step_over(self) -> None:
         """The step observed last was not closed by a hook: there are none, or not every optimizer took it."""
+        if self._watch.hooked and not self.loop.stepped and self._version() != self.loop.version:
+            self._watch.close()  # the parameters moved past the hooks: from here on steps are noticed at observe
         if not self._watch.hooked or self.loop.stepped:
             self.close_step()
         else:
@@ -200,6 +219,7 @@ class Observer:
         except Exception as error:  # the user's loss function may raise anything
             self.event("gradient_unchecked", reason=f"{type(error).__name__}: {error}")
             return
+        self.loop.gradient_factor = match.factor
         if match.verdict == "equal":
             return
         name = "gradient_mismatch" if match.verdict == "unexplained" else "gradient_note"
@@ -220,3 +240,15 @@ class Observer:
         norms = torch.stack([before, after.to(before)]).tolist()
         if norms[1] < norms[0] * (1 - CLIP_TOLERANCE):
             self.event("clip", before=norms[0], after=norms[1])
+
+    def _version(self) -> int:
+        """Changes when an optimizer writes to the first trained parameter."""
+        return next((p._version for p in unwrapped(self._model).parameters() if p.requires_grad), 0)
+
+    def _one_number(self, loss: Tensor | float | None) -> Tensor | float | None:
+        """The loss, or None with an event when it is not one number."""
+        if loss is None or not isinstance(loss, Tensor) or loss.numel() == 1:
+            return loss
+        message = f"expected the loss as one number, got shape {tuple(loss.shape)}; it is recomputed instead"
+        self.trouble(ValueError(message))
+        return None

@@ -36,19 +36,20 @@ class Recorder:
     ) -> None:
         self.memory = MemorySink(KEPT_IN_MEMORY)
         self._clock, self._about, self._begun, self._closed = clock, about, False, False
+        self.from_step = 0  # of the checkpoint that a resumed run goes on from
         self.folder = RunFolder.create(logdir, resume=resume) if logdir is not None else None
         self._resumed = self.folder is not None and self.folder.log_path.exists()
         own: list[Sink] = [self.memory]
-        if self.folder is not None:
-            header = new_header(self.folder.path.resolve().name, **about)
-            own.append(JsonlSink(LogWriter(self.folder.log_path, header)))
-            self.folder.write_environment(environment())
-            self.folder.write_status({"state": "running", "pid": os.getpid(), "step": 0})
         if sinks is None:
             own.append(ConsoleSink(target=target, steps=steps, interactive=interactive))
-        given = [s if isinstance(s, Sink) else CallbackSink(s) for s in sinks or ()]
+        own += [s if isinstance(s, Sink) else CallbackSink(s) for s in sinks or ()]
+        if self.folder is not None:  # last: a folder with a log in it is a run, and there is none if this fails before
+            self.folder.write_environment(environment())
+            self.folder.write_status({"state": "running", "pid": os.getpid(), "step": 0})
+            header = new_header(self.folder.path.resolve().name, **about)
+            own.insert(0, JsonlSink(LogWriter(self.folder.log_path, header)))
         self._wants_tensorboard = sinks is None and self.folder is not None
-        self._fanout = Fanout([*own, *given])
+        self._fanout = Fanout(own)
 
     def write(self, record: Record) -> None:
         """To every sink, in the log bucket. Never raises: a sink that fails is switched off with a message.
@@ -65,11 +66,11 @@ class Recorder:
     def _begin(self, record: Record) -> None:
         self._begun = True
         if self._wants_tensorboard and self.folder is not None:
-            purge = record.step if self._resumed else None
+            purge = self.from_step if self._resumed else None
             path, about = self.folder.path, self._about
             self._fanout.add(lambda: TensorBoardSink(path, purge_step=purge, about=about))
         if self._resumed:
-            self._fanout.write(Event(record.step, record.seconds, "superseded", {"from_step": record.step}))
+            self._fanout.write(Event(self.from_step, record.seconds, "superseded", {"from_step": self.from_step}))
 
     def run(self) -> Run:
         """The run so far: from the log where there is one, else from what is kept in memory."""

@@ -23,18 +23,19 @@ class StepWatch:
 
     def __init__(self, optimizers: Sequence[Any], listener: StepListener) -> None:
         self._handles: list[Any] = []
-        self.hooked = all(hasattr(optimizer, "register_step_post_hook") for optimizer in optimizers)
-        if not self.hooked:
-            return
-        for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(_weak(listener.step_begins)))
-            self._handles.append(optimizer.register_step_post_hook(_weak(listener.step_ends)))
+        self.hooked = True
+        try:
+            for optimizer in optimizers:
+                self._handles.append(optimizer.register_step_pre_hook(_weak(listener.step_begins)))
+                self._handles.append(optimizer.register_step_post_hook(_weak(listener.step_ends)))
+        except AttributeError:  # no hooks, or a wrapper that never set them up
+            self.close()
 
     def close(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self.hooked = [], False
 
 
 def _weak(method: Callable[[optim.Optimizer], None]) -> Callable[..., None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from instruments.refusal import Refusal
+from instruments.running import processes
 
 if TYPE_CHECKING:
     from instruments.probe import Probe
@@ -17,12 +18,17 @@ EQUAL, SAME_DIRECTION = 1e-3, 0.999
 
 @dataclass(frozen=True)
 class GradientMatch:
-    """`cosine` between `.grad` and the recomputed gradient, `ratio` of their norms, and what follows from them."""
+    """`cosine` between `.grad` and the recomputed gradient, `ratio` of their norms, and what follows from them.
+
+    `factor` is by how much the loss that is trained is larger than the loss that was given, where that is known to be
+    the same at every step: k, when k accumulated losses are added instead of averaged.
+    """
 
     verdict: Literal["equal", "explained", "unexplained"]
     cosine: float
     ratio: float
     reason: str
+    factor: float = 1.0
 
 
 def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
@@ -32,7 +38,7 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     a summed loss), clipping by value, micro-batches of unequal size that count alike, an average over processes. A
     difference in direction that none of these explains is the user's to mend.
     """
-    recomputed_D, random = probe.recomputed_gradient()
+    _, recomputed_D, random = probe.loss_and_gradient()
     stored_D = probe.layout.join(probe.unscaled_grads)
     norms = torch.stack([stored_D.norm(), recomputed_D.norm(), torch.dot(stored_D, recomputed_D)]).double().tolist()
     stored, recomputed, dot = norms
@@ -54,7 +60,8 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     else:
         reason = _turned(probe, stored_D, recomputed_D, accumulate)
     if reason:
-        return GradientMatch("explained", cosine, ratio, reason)
+        added = not random and cosine > SAME_DIRECTION and _added(ratio, accumulate)
+        return GradientMatch("explained", cosine, ratio, reason, float(accumulate) if added else 1.0)
     return GradientMatch(
         "unexplained", cosine, ratio,
         f"the gradient of the loss given to the cockpit points elsewhere than .grad (cosine {cosine:.3f}): the loss "
@@ -63,9 +70,13 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     )  # fmt: skip
 
 
+def _added(ratio: float, accumulate: int) -> bool:
+    return accumulate > 1 and abs(ratio / accumulate - 1) < 1e-2
+
+
 def _stretched(ratio: float, accumulate: int) -> str:
     """Why .grad is longer or shorter."""
-    if accumulate > 1 and abs(ratio / accumulate - 1) < 1e-2:
+    if _added(ratio, accumulate):
         return f"the {accumulate} accumulated losses were added, not averaged: .grad is {ratio:.4g} times their mean"
     if ratio > 1:
         return f".grad is {ratio:.4g} times the gradient of the loss: a loss scale (pass scaler=...) or a summed loss"
@@ -76,10 +87,10 @@ def _turned(probe: "Probe", stored_D: Tensor, recomputed_D: Tensor, accumulate: 
     """Why .grad points elsewhere; empty when nothing explains it."""
     if _clipped_by_value(stored_D, recomputed_D):
         return "the elements of .grad were clipped before observe()"
-    if accumulate > 1 and _parallel(stored_D, probe.recomputed_gradient(weighted=False)[0]):
+    if accumulate > 1 and _parallel(stored_D, probe.loss_and_gradient(weighted=False)[1]):
         return "the micro-batches count alike in .grad, and by their size in the loss of the step"
-    if (processes := _processes()) > 1:
-        return f".grad may be averaged over {processes} processes, of which each sees its own batch"
+    if (count := processes()) > 1:
+        return f".grad may be averaged over {count} processes, of which each sees its own batch"
     return ""
 
 
@@ -91,8 +102,3 @@ def _clipped_by_value(stored_D: Tensor, recomputed_D: Tensor) -> bool:
 
 def _parallel(one_D: Tensor, other_D: Tensor) -> bool:
     return bool(torch.dot(one_D, other_D) > SAME_DIRECTION * one_D.norm() * other_D.norm())
-
-
-def _processes() -> int:
-    running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if running else 1

@@ -2,10 +2,10 @@
 
 Saved and put back bit for bit: the random states of torch (every device in use), NumPy and `random`, and of generators
 that modules own; every buffer of every module (the same tensor object, untouched); `.grad` of every parameter (the
-same object, or None); the train / eval flag of every module.
+same object, or None); every attribute that a module has, its train / eval flag among them.
 
-Not restored, because it cannot be known: what a user's own `forward` or hook writes elsewhere (a Python counter, a
-file, a global).
+Not restored, because it cannot be known: what a user's own `forward` or hook writes elsewhere (into a list that the
+module holds, a file, a global).
 """
 
 import random
@@ -23,8 +23,10 @@ Undo = Callable[[], None]
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator["Buffers"]:
     """Inside, the model may be run, seeded, switched to eval and differentiated; afterwards it is as it was.
+
+    Yields the buffers, which can be made fresh between two forwards that must see the same ones.
 
     Buffers are exchanged for clones and the originals put back: not even their version counter moves, so that a graph
     the user kept across the reading stays valid. Raises nothing of its own; what is raised inside passes through after
@@ -33,10 +35,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     undo: list[Undo] = []
     try:
         undo.append(RandomStates.of(model).put_back)
-        undo.append(_training_flags(model))
+        undo.append(_attributes(model))
         undo.append(_gradients(model))
-        undo.append(_buffers(model))
-        yield
+        buffers = Buffers(model)
+        undo.append(buffers.put_back)
+        buffers.fresh()
+        yield buffers
     finally:
         for put_back in reversed(undo):
             put_back()
@@ -119,12 +123,17 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _training_flags(model: nn.Module) -> Undo:
-    flags = [(module, module.training) for module in model.modules()]
+def _attributes(model: nn.Module) -> Undo:
+    """Every plain attribute of every module: a forward that stores an activation or counts calls leaves no trace."""
+    held = [(vars(module), dict(vars(module))) for module in model.modules()]
 
     def put_back() -> None:
-        for module, training in flags:
-            module.training = training
+        for now, before in held:
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            for name, value in before.items():
+                if now.get(name, now) is not value:
+                    now[name] = value
 
     return put_back
 
@@ -142,17 +151,21 @@ def _gradients(model: nn.Module) -> Undo:
     return put_back
 
 
-def _buffers(model: nn.Module) -> Undo:
-    clones: dict[int, Tensor] = {}
-    held = [(module, dict(module._buffers)) for module in model.modules()]
-    for module, buffers in held:
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
+class Buffers:
+    """The buffers of a model, exchanged for clones while it is measured."""
 
-    def put_back() -> None:
-        for module, buffers in held:
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [(module, dict(module._buffers)) for module in model.modules()]
+
+    def fresh(self) -> None:
+        """New clones of the originals: what the last forward wrote is forgotten."""
+        clones: dict[int, Tensor] = {}
+        for module, buffers in self._held:
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
+
+    def put_back(self) -> None:
+        for module, buffers in self._held:
             module._buffers.clear()
             module._buffers.update(buffers)
-
-    return put_back

@@ -8,7 +8,9 @@ the user, or collected from the first ones seen, and then held.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from instruments.objective import Batch, bytes_of, clone_of, examples_of, tensors_of
+import torch
+
+from instruments.objective import Batch, bytes_of, clone_of, examples_of, moved, tensors_of
 
 EXAMPLES = 512
 BYTES = 256 * 2**20
@@ -33,6 +35,7 @@ class HeldBatches:
                 "expected probe batches with at least one example, got none; pass probe=batches(b1, b2, ...) "
                 "or leave it out to hold the first batches of training."
             )
+        self.label = "held"
         self.complete = given is not None
         self.keep_graphs = True
 
@@ -72,9 +75,9 @@ class HeldBatches:
     def state_dict(self) -> dict[str, Any]:
         return {"batches": list(self.batches), "complete": self.complete, "keep_graphs": self.keep_graphs}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The batches of the checkpoint are held, so that a resumed run reads the same curve."""
-        self.batches = list(state["batches"])
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """The batches of the checkpoint are held, on the model's device: a resumed run reads the same curve."""
+        self.batches = [moved(batch, device) for batch in state["batches"]]
         self.complete, self.keep_graphs = state["complete"], state["keep_graphs"]
 
     def _bytes(self) -> int:

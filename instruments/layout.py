@@ -48,7 +48,9 @@ class Layout:
         return self.params[0].device
 
     def join(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One vector v_D from one tensor a parameter; None is zero, sparse is made dense."""
+        """One vector v_D from one tensor a parameter; None is zero, sparse is made dense. Complex ones are refused."""
+        if any(p.is_complex() for p in self.params):
+            raise Refusal("complex parameters have no vector of real numbers here; readings of them are not supported.")
         pieces = [
             torch.zeros(p.numel(), dtype=self.dtype, device=self.device) if t is None else self._dense(t)
             for p, t in zip(self.params, tensors, strict=True)

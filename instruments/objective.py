@@ -168,7 +168,12 @@ def bytes_of(batch: Batch) -> int:
 
 def clone_of(batch: Batch) -> Batch:
     """A copy that the user's loop cannot overwrite (loaders with a pinned buffer do)."""
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch)
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, plain_tree(batch))
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, plain_tree(batch))
 
 
 def addends(objective: Objective, parts: Parts) -> tuple[Tensor, Tensor | float]:

@@ -5,18 +5,19 @@ An instrument does not see the probe but a `View` of it (`instruments.view`).
 Shapes: D = trainable scalars, N = examples of the step.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import torch
 from torch import Tensor, nn, optim
 
-from instruments.guard import RandomStates, untouched
+from instruments.guard import Buffers, RandomStates, untouched
 from instruments.held import HeldBatches
 from instruments.layout import Layout, total_norm
-from instruments.objective import Batch, Call, Objective, Parts, addends, pooled_loss
+from instruments.objective import Batch, Objective, addends, pooled_loss
 from instruments.operators.hessian import HessianOperator, Piece
 from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.refusal import Refusal
@@ -34,6 +35,12 @@ class ProbeSettings:
     mode: Mode = "train"
     samples: EngineName = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("mode", Mode), ("samples", EngineName)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(f"expected {name} to be one of {known}, got {getattr(self, name)!r}")
 
 
 class Probe(AbstractContextManager["Probe"]):
@@ -54,28 +61,41 @@ class Probe(AbstractContextManager["Probe"]):
         held: HeldBatches | None = None,
         loss: Tensor | float | None = None,
         loss_scale: float = 1.0,
+        gradient_factor: float = 1.0,
         settings: ProbeSettings | None = None,
+        guarded: bool = True,
     ) -> None:
         self.module = unwrapped(model)
         self.objective, self.optimizers, self.batches = objective, tuple(optimizers), tuple(batches)
         self.step, self.held = step, held if held is not None else HeldBatches(batches)
         self.settings = settings or ProbeSettings()
-        self.loss_scale = loss_scale
+        self.loss_scale, self.gradient_factor = loss_scale, gradient_factor
         self._loss = loss
         self.loss_given = loss is not None
         self.layout = Layout.of(self.module)
         self.grads: tuple[Tensor | None, ...] = tuple(p.grad for p in self.layout.params)
         self._before: list[Tensor] | None = None
         self._hessian: HessianOperator | None = None
-        self._stack = ExitStack()
+        self._stack, self._guarded = ExitStack(), guarded
+        self._buffers: Buffers | None = None
 
     def __enter__(self) -> "Probe":
-        self._stack.enter_context(untouched(self.module))
+        if self._guarded:
+            self._guard()
         return self
+
+    def _guard(self) -> Buffers:
+        """Nothing runs the model outside the guard; what does not run it need not wait for it."""
+        if self._buffers is None:
+            self._buffers = self._stack.enter_context(untouched(self.module))
+        return self._buffers
 
     def __exit__(self, *exc: object) -> None:
         self._release()
+        for cached in ("_moments", "preconditioner", "unscaled_grads"):
+            self.__dict__.pop(cached, None)
         self._stack.close()
+        self._buffers = None
 
     def _release(self) -> None:
         if self._hessian is not None:
@@ -87,6 +107,19 @@ class Probe(AbstractContextManager["Probe"]):
         self._release()
         return self.held.shrink()
 
+    @cached_property
+    def mode(self) -> str:
+        """The mode that a forward of a reading runs in: by the modules' own flags unless the settings say eval."""
+        if self.settings.mode == "eval":
+            return "eval"
+        flags = {m.training for m in self.module.modules()}
+        return "train" if flags == {True} else "eval" if flags == {False} else "mixed"
+
+    @cached_property
+    def precision(self) -> str:
+        """The dtypes of the trained parameters."""
+        return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in self.layout.params}))
+
     def remember(self) -> None:
         """Copy the parameters: called before the optimizer's step when a reading of the step itself is due."""
         self._before = [p.detach().clone() for p in self.layout.params]
@@ -95,10 +128,18 @@ class Probe(AbstractContextManager["Probe"]):
         """Drop what was remembered, the batches included."""
         self._before, self.batches = None, ()
 
-    def running(self, *, held: bool, differentiable: bool) -> AbstractContextManager[None]:
-        """Pinned: the masks of held batches stay the same along the run, those of the step's batch change with it."""
+    @contextmanager
+    def running(self, *, held: bool, differentiable: bool, forward: bool = True) -> Iterator[None]:
+        """Pinned: the masks of held batches stay the same along the run, those of the step's batch change with it.
+
+        Every forward sees the buffers as they were; `forward=False` is for a backward through a graph that exists.
+        """
+        buffers = self._guard()
+        if forward:
+            buffers.fresh()
         seed = self.settings.seed if held else self.settings.seed + 1 + self.step
-        return running(self.module, seed=seed, mode=self.settings.mode, differentiable=differentiable)
+        with running(self.module, seed=seed, mode=self.settings.mode, differentiable=differentiable):
+            yield
 
     # The quantities. Each is computed for the first view that asks, and billed to it.
 
@@ -116,20 +157,27 @@ class Probe(AbstractContextManager["Probe"]):
     def recomputed_loss(self) -> Tensor:
         """The loss of the step's batches as one, by a forward under the step's own masks."""
         with torch.no_grad():
-            return pooled_loss(self.objective, [self._parts(self.module, batch) for batch in self.batches])
+            return self.step_loss()[0]
 
-    def recomputed_gradient(self, *, weighted: bool = True) -> tuple[Tensor, bool]:
-        """Gradient of the loss on the step's batches, shape (D,), and whether its forward drew random numbers.
+    def step_loss(self, *, weighted: bool = True) -> tuple[Tensor, bool]:
+        """Loss of the step's batches as one, and whether its forward drew random numbers.
 
         `weighted=False` averages over the micro-batches whatever their size.
         """
-        with torch.enable_grad(), self.running(held=False, differentiable=False):
+        with self.running(held=False, differentiable=False):
             before = RandomStates.of(self.module)
             parts = [self.objective.parts(self.module, batch) for batch in self.batches]
             random = before.moved()
             loss = pooled_loss(self.objective, parts) if weighted else torch.stack([p.loss for p in parts]).mean()
-            grads = torch.autograd.grad(loss, self.layout.params, allow_unused=True)
-        return self.layout.join(grads), random
+        return loss, random
+
+    def loss_and_gradient(self, *, weighted: bool = True) -> tuple[Tensor, Tensor, bool]:
+        """Loss, its gradient of shape (D,), and whether the forward drew random numbers."""
+        with torch.enable_grad():
+            loss, random = self.step_loss(weighted=weighted)
+            with self.running(held=False, differentiable=False, forward=False):
+                grads = torch.autograd.grad(loss, self.layout.params, allow_unused=True)
+        return loss.detach(), self.layout.join(grads), random
 
     @cached_property
     def unscaled_grads(self) -> tuple[Tensor | None, ...]:
@@ -148,6 +196,7 @@ class Probe(AbstractContextManager["Probe"]):
         def pinned() -> AbstractContextManager[None]:
             return self.running(held=False, differentiable=True)
 
+        self._guard()
         problem = SampleProblem(self.module, self.layout, self.objective, pinned)
         if self.settings.mode == "eval":
             self.module.eval()
@@ -164,12 +213,16 @@ class Probe(AbstractContextManager["Probe"]):
         while self._hessian is None:
             pieces = [self._piece(batch) for batch in self.held.batches]
             try:
-                self._hessian = HessianOperator(pieces, self.layout, keep_graphs=self.held.keep_graphs)
+                self._hessian = HessianOperator(
+                    pieces, self.layout, keep_graphs=self.held.keep_graphs, context=self._around
+                )
                 meter.gradients += float(self.held.keep_graphs)
             except torch.OutOfMemoryError as error:
                 if not self.held.shrink():
                     raise Refusal(f"out of memory with a single probe batch: {error}") from error
-        meter.provenance.update(batch="held", examples=self.held.examples or "unknown", route=self._hessian.route)
+        meter.provenance.update(
+            batch=self.held.label, examples=self.held.examples or "unknown", route=self._hessian.route
+        )
         return self._hessian
 
     @cached_property
@@ -182,13 +235,8 @@ class Probe(AbstractContextManager["Probe"]):
         meter.gradients += 4 / 3
         return step_effect(self, self._before)
 
+    def _around(self, forward: bool) -> AbstractContextManager[None]:
+        return self.running(held=True, differentiable=True, forward=forward)
+
     def _piece(self, batch: Batch) -> Piece:
-        def piece() -> tuple[Tensor, Tensor | float]:
-            with self.running(held=True, differentiable=True):
-                return addends(self.objective, self.objective.parts(self.module, batch))
-
-        return piece
-
-    def _parts(self, call: Call, batch: Batch) -> Parts:
-        with self.running(held=False, differentiable=False):
-            return self.objective.parts(call, batch)
+        return lambda: addends(self.objective, self.objective.parts(self.module, batch))

@@ -46,3 +46,9 @@ def running(module: nn.Module, *, seed: int, mode: Mode, differentiable: bool) -
             if device == "cuda" and any(isinstance(m, nn.RNNBase) for m in module.modules()):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def processes() -> int:
+    """How many processes train together."""
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if running else 1

@@ -3,15 +3,13 @@
 Shapes: D = trainable scalars.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-
-from instruments.objective import pooled_loss
 
 if TYPE_CHECKING:
     from instruments.probe import Probe
@@ -37,19 +35,25 @@ def step_effect(probe: "Probe", before: Sequence[Tensor]) -> StepEffect:
     Costs one gradient and one forward. The gradient is recomputed because `.grad` may stand for other dropout masks, be
     clipped or scaled.
     """
-    old = [p.clone().requires_grad_() for p in before]
-    values = dict(zip(probe.layout.names, old, strict=True))
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(probe.module, values, args, kwargs)
-
-    with torch.enable_grad():
-        loss_before = pooled_loss(probe.objective, [probe._parts(call, batch) for batch in probe.batches])
-        g_D = probe.layout.join(torch.autograd.grad(loss_before, old, allow_unused=True))
+    with exchanged(probe.layout.params, before):
+        loss_before, g_D, _ = probe.loss_and_gradient()
     with torch.no_grad():
-        loss_after = pooled_loss(probe.objective, [probe._parts(probe.module, batch) for batch in probe.batches])
+        loss_after, _ = probe.step_loss()
         u_D = probe.layout.join([p.detach() - p0 for p, p0 in zip(probe.layout.params, before, strict=True)])
     slope, norm = torch.dot(g_D.double(), u_D.double()), u_D.norm().double()
-    f0, f1, slope_, norm_ = torch.stack([loss_before.detach().double(), loss_after.double(), slope, norm]).tolist()
+    f0, f1, slope_, norm_ = torch.stack([loss_before.double(), loss_after.double(), slope, norm]).tolist()
     eps = torch.finfo(probe.layout.dtype).eps
     return StepEffect(f0, f1, slope_, norm_, eps * (abs(f0) + abs(f1)))
+
+
+@contextmanager
+def exchanged(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """The very parameters, whoever holds them, with other values for a while; then their own storage again."""
+    own = [p.data for p in params]
+    try:
+        for p, value in zip(params, values, strict=True):
+            p.data = value
+        yield
+    finally:
+        for p, data in zip(params, own, strict=True):
+            p.data = data

@@ -13,6 +13,7 @@ from instruments.objective import examples_of
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
 from instruments.preconditioners import Preconditioner
+from instruments.running import processes
 from instruments.samples.moments import SampleMoments
 from instruments.step_effect import StepEffect
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from instruments.probe import Probe
 
 Need = Literal["loss", "gradient", "samples", "hessian", "preconditioner", "update", "groups"]
+RUNS_MODEL: frozenset[Need] = frozenset({"samples", "hessian", "update"})
 
 
 @dataclass
@@ -49,14 +51,22 @@ class View:
 
     def __init__(self, probe: "Probe", needs: frozenset[Need]) -> None:
         self._probe, self._needs = probe, needs
-        self.meter = Meter(
-            provenance={
-                "batch": "step",
-                "examples": sum(map(examples_of, probe.batches)) or "unknown",
-                "mode": probe.settings.mode,
-                "precision": str(probe.layout.dtype).removeprefix("torch."),
-            }
-        )
+        self.meter = Meter(provenance=self._provenance())
+
+    def _provenance(self) -> dict[str, Any]:
+        """What a reading is about; what cannot be known says so."""
+        probe = self._probe
+        facts: dict[str, Any] = {"batch": "step", "examples": sum(map(examples_of, probe.batches)) or "unknown"}
+        if "gradient" in self._needs or "preconditioner" in self._needs:
+            facts["scaled"] = "no" if probe.loss_scale == 1.0 else f"unscaled from {probe.loss_scale:g}"
+            facts["clipped"] = "unknown"
+        if self._needs & RUNS_MODEL or ("loss" in self._needs and not probe.loss_given):
+            facts["mode"] = probe.mode
+        if self._needs != {"groups"}:
+            facts["precision"] = probe.precision
+        if processes() > 1:
+            facts["scope"] = f"this one of {processes()} processes"
+        return facts
 
     @property
     def step(self) -> int:
@@ -113,11 +123,18 @@ class View:
 
     @property
     def preconditioned(self) -> Operator:
-        """1/2 D^1/2 (H + diag c) D^1/2, whose largest eigenvalue is rho."""
+        """1/2 D^1/2 (k H + diag c) D^1/2, whose largest eigenvalue is rho.
+
+        k is 1, unless accumulated losses are added instead of averaged: then the loss that is trained is k times the
+        loss that was given.
+        """
         self._declared("hessian")
         p = self.preconditioner
         hessian = _Counted(self._probe.hessian(self.meter), self.meter)
-        return PreconditionedOperator(hessian, p.scale_D / 2, p.decay_D)
+        factor = self._probe.gradient_factor
+        if factor != 1.0:
+            self.meter.provenance["gradient_factor"] = factor
+        return PreconditionedOperator(hessian, p.scale_D * (factor / 2), p.decay_D / factor)
 
     @property
     def layout(self) -> Layout:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def run(trial: Trial, root: str | Path = "runs", *, again: bool = False, sinks: 
     its log intact; only a mistake in the trial itself raises (ValueError), and an error of the training code is raised
     after it was logged. KeyboardInterrupt is the outcome "interrupted", and is raised again.
     """
+    prepared = prepare(trial, root, again=again, sinks=sinks)
+    return prepared if isinstance(prepared, Result) else prepared.go()
+
+
+def prepare(
+    trial: Trial, root: str | Path = "runs", *, again: bool = False, sinks: Sequence[Any] | None = None
+) -> "Result | TrialRun":
+    """Everything that can be a mistake in the trial: what comes back trains, or is the result of an earlier run."""
     if off():
         raise ValueError("expected a trial to be measured, got COCKPIT=off in the environment; unset it to run trials")
     planned = plan(trial)
@@ -76,8 +85,7 @@ def run(trial: Trial, root: str | Path = "runs", *, again: bool = False, sinks: 
     folder = Path(root) / f"{stamp}-{trial.workload}-{trial.algorithm}-{trial.hash}"
     torch.manual_seed(trial.seed)
     data = planned.workload.load()
-    model = planned.workload.make_model(data)
-    return Result(_Run(planned, data, model, folder, sinks).outcome(), folder, fresh=True)
+    return TrialRun(planned, data, planned.workload.make_model(data), folder, sinks)
 
 
 def find(trial: Trial, root: str | Path) -> Path | None:
@@ -92,11 +100,11 @@ def find(trial: Trial, root: str | Path) -> Path | None:
     return None
 
 
-class _Run:
-    """The loop of one trial."""
+class TrialRun:
+    """One trial, ready to train."""
 
     def __init__(self, planned: Plan, data: Data, model: nn.Module, folder: Path, sinks: Sequence[Any] | None) -> None:
-        self.plan, self.data, self.model = planned, data, model
+        self.plan, self.data, self.model, self.folder = planned, data, model, folder
         workload, trial = planned.workload, planned.trial
         self.objective = as_objective(workload.loss)
         params = [p for p in model.parameters() if p.requires_grad]
@@ -113,14 +121,15 @@ class _Run:
         self.cockpit.event("trial", **{name: value for name, value in asdict(trial).items() if value is not None})
         self.cockpit.event("data", sha256=data.sha256, target=str(self.target), **data.notes)
 
-    def outcome(self) -> Outcome:
+    def go(self) -> Result:
+        """Train to the end, whatever the end is; an error of the training code is raised after it was logged."""
         with self.cockpit as cockpit:
             ending = self._train()
             with cockpit.clock.bucket("checkpoint"):
                 cockpit.save_checkpoint("last.pt", model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
             outcome = cockpit.close(*ending)
         assert outcome is not None
-        return outcome
+        return Result(outcome, self.folder, fresh=True)
 
     def _train(self) -> tuple[Status | None, str]:
         """Train to the end of the budget. Returns (status, reason); None lets target and loss decide."""
@@ -154,7 +163,8 @@ class _Run:
             log(**self.plan.workload.evaluate(self.model, self.data.valid))
 
     def _probe_batches(self) -> list[tuple[Tensor, ...]]:
-        """One batch of training examples, four times a training batch and at most 512, the same for every seed."""
+        """Two batches of training examples, together four training batches and at most 512, the same for every seed."""
         generator = torch.Generator().manual_seed(PROBE_SEED)
-        wanted = min(PROBE_BATCHES * self.plan.workload.batch_size, EXAMPLES, len(self.data.train[0]))
-        return [next(replace(self.plan.workload, batch_size=wanted).batches(self.data, generator=generator))]
+        examples = min(PROBE_BATCHES * self.plan.workload.batch_size, EXAMPLES, len(self.data.train[0]))
+        source = replace(self.plan.workload, batch_size=max(1, examples // 2))
+        return list(islice(source.batches(self.data, generator=generator), 2))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ def call(arguments: argparse.Namespace) -> bool:
         if arguments.threads < 1:
             raise ValueError(f"expected --threads >= 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    result = runner.run(trial, arguments.runs, again=arguments.again)
+    prepared = runner.prepare(trial, arguments.runs, again=arguments.again)
+    try:
+        result = prepared if isinstance(prepared, runner.Result) else prepared.go()
+    except Exception:  # of the training code, and in the log by now
+        traceback.print_exc()
+        return True
     if not arguments.json and not result.fresh:
         print("this trial was finished before; --again runs it once more.")
     print_run(read_run(result.folder), arguments.json)

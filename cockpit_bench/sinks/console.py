@@ -1,5 +1,6 @@
 """The run in one line: where it is, how it stands against its target, what the main instruments say."""
 
+import io
 import math
 import os
 import sys
@@ -46,7 +47,7 @@ class ConsoleSink(Sink):
         interactive: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream if stream is not None else sys.stderr
+        self._stream = stream or sys.stderr or io.StringIO()  # a program may have closed its stderr
         self._terminal = interactive or self._stream.isatty()
         default = _TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS
         self._interval = default if every_seconds is None else every_seconds

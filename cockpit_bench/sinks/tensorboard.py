@@ -86,7 +86,7 @@ class TensorBoardSink(Sink):
         self._write_scalars("outcome", {name.removeprefix("outcome/"): v for name, v in results.items()}, outcome.step)
 
     def _write_text(self, name: str, detail: Mapping[str, Any], step: int) -> None:
-        self._writer.add_text(f"events/{name}", json.dumps(spell(detail)), step)
+        self._writer.add_text(f"events/{name}", _json(detail), step)
 
     def close(self) -> None:
         self._writer.flush()
@@ -139,3 +139,11 @@ def _table(detail: Mapping[str, Any]) -> str:
     """A Markdown table, which TensorBoard renders."""
     rows = [f"| {name} | {value} |" for name, value in _flat(detail)]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def _json(detail: Mapping[str, Any]) -> str:
+    """A user's event may hold anything: what has no spelling is written as its text."""
+    try:
+        return json.dumps(spell(detail))
+    except TypeError:
+        return json.dumps(detail, default=str)

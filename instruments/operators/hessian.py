@@ -9,6 +9,7 @@ between products and each costs about 3 g. (Pearlmutter 1994, "Fast exact multip
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from instruments.layout import Layout
 from instruments.operators.operator import Operator
 
 Piece = Callable[[], tuple[Tensor, Tensor | float]]
-"""Evaluates one batch under its own pinned randomness: (total loss with a graph, weight without one)."""
+"""Evaluates one batch: (total loss with a graph, weight without one)."""
+Context = Callable[[bool], AbstractContextManager[None]]
+"""What surrounds a forward (True) and a backward through an old graph (False), where checkpoints run forwards again."""
 
 # In g, by floating-point operations on dense, convolution and attention layers.
 KEPT_PRODUCT = 2.0
@@ -32,14 +35,21 @@ class HessianOperator(Operator):
     parameters at their present version.
     """
 
-    def __init__(self, pieces: Sequence[Piece], layout: Layout, *, keep_graphs: bool = True) -> None:
-        self._pieces, self._layout, self._keep = pieces, layout, keep_graphs
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        layout: Layout,
+        *,
+        keep_graphs: bool = True,
+        context: Context = lambda forward: nullcontext(),
+    ) -> None:
+        self._pieces, self._layout, self._context = pieces, layout, context
         self._graphs: list[_Graph] | None = None
         self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
         self.price = KEPT_PRODUCT if keep_graphs else REBUILT_PRODUCT
         self.route = f"double backward, graph {'kept' if keep_graphs else 'rebuilt for each product'}"
         if keep_graphs:
-            self._graphs = [_Graph(piece, layout) for piece in pieces]
+            self._graphs = [self._graph(piece) for piece in pieces]
 
     @property
     def gradient_D(self) -> Tensor:
@@ -48,17 +58,22 @@ class HessianOperator(Operator):
 
     def matvec(self, v_D: Tensor) -> Tensor:
         v = self._layout.split(v_D)
-        return self._weighted(lambda graph: graph.product(v))
+        with self._context(False):
+            return self._weighted(lambda graph: graph.product(v))
 
     def release(self) -> None:
         """Free the graphs; the operator cannot be used afterwards."""
         self._graphs, self._pieces = [], []
 
+    def _graph(self, piece: Piece) -> "_Graph":
+        with self._context(True):
+            return _Graph(piece, self._layout)
+
     def _weighted(self, of: Callable[["_Graph"], list[Tensor | None]]) -> Tensor:
         total_D = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         weight: Tensor | float = 0.0
         for i in range(len(self._pieces)):
-            graph = self._graphs[i] if self._graphs is not None else _Graph(self._pieces[i], self._layout)
+            graph = self._graphs[i] if self._graphs is not None else self._graph(self._pieces[i])
             total_D += self._layout.join(of(graph))
             weight = weight + graph.weight
         return total_D / weight

@@ -5,7 +5,9 @@ parameters, so the user's modules and parameters carry nothing afterwards.
 (Dangel, Kunstner and Hennig 2020, "BackPACK: packing more into backprop".)
 """
 
+import contextlib
 import copy
+import importlib
 import warnings
 
 import torch
@@ -22,15 +24,18 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 
 def preload() -> None:
     """Import BackPACK, which takes half a second, at a moment when nobody counts it as the price of a reading."""
-    import backpack.extensions  # noqa: F401
+    with contextlib.suppress(Exception):  # whoever needs it says why it cannot be imported
+        importlib.import_module("backpack.extensions")
 
 
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     """|g_i|^2 by BatchL2Grad and sum g_i by the same backward pass."""
     _refuse_unknown_layers(problem)
-    from backpack import backpack, extend
-    from backpack.extensions import BatchL2Grad
-
+    try:
+        from backpack import backpack, extend
+        from backpack.extensions import BatchL2Grad
+    except Exception as error:
+        raise Refusal(f"BackPACK cannot be imported: {type(error).__name__}: {error}") from error
     shadow, aliases = _shadow(problem)
     calls = _count_calls(shadow)
     try:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from instruments.guard import RandomStates
-from instruments.objective import Batch, plain_tree
+from instruments.objective import Batch, FunctionObjective, plain_tree
 from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
 
@@ -54,3 +54,18 @@ def check_by_half(problem: SampleProblem, batch: Batch, together_N: Tensor) -> N
     half_N, _, random = whole_batch(problem, tree_unflatten([leaf[: n // 2] for leaf in leaves], spec))
     if not random:
         refuse_interaction(half_N, together_N[: n // 2])
+
+
+def refuse_hidden_parameters(problem: SampleProblem, batch: Batch, sum_D: Tensor) -> None:
+    """A loss function may reach the model other than through `call` (a penalty on its parameters, a closed-over model);
+    engines that exchange the parameters do not see that. Their summed gradient is compared with the true one."""
+    if not isinstance(problem.objective, FunctionObjective):
+        return
+    params = problem.layout.params
+    with torch.enable_grad(), problem.running():
+        before = RandomStates.of(problem.module)
+        total = problem.objective.parts(problem.module, batch).total
+        random = before.moved()
+        true_D = problem.layout.join(torch.autograd.grad(total, params, allow_unused=True))
+    if not random and bool((true_D - sum_D).norm() > RELATIVE * true_D.norm() + ABSOLUTE):
+        raise Refusal("the loss function reaches parameters of the model other than through `call`.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from instruments.objective import Batch
 from instruments.refusal import Refusal
 from instruments.samples import backpack_engine, func_engine, loop_engine
-from instruments.samples.independence import Undefined
+from instruments.samples.independence import Undefined, refuse_hidden_parameters
 from instruments.samples.problem import BatchMoments, Engine, SampleProblem
 
 EngineName = Literal["auto", "backpack", "torch.func", "loop"]
@@ -52,7 +52,11 @@ def sample_moments(problem: SampleProblem, batches: Sequence[Batch], engine: Eng
     reasons = []
     for name in names:
         try:
-            return _scaled([ENGINES[name](problem, batch) for batch in batches], name)
+            parts = [ENGINES[name](problem, batch) for batch in batches]
+            if name != "loop":
+                for part, batch in zip(parts, batches, strict=True):
+                    refuse_hidden_parameters(problem, batch, part.sum_D)
+            return _scaled(parts, name)
         except Refusal as refusal:
             if isinstance(refusal, Undefined) or engine != "auto":
                 raise

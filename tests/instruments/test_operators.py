@@ -152,11 +152,11 @@ def test_out_of_memory_rebuilds_then_drops_batches(monkeypatch: pytest.MonkeyPat
     tries: list[tuple[bool, int]] = []
 
     class Greedy(HessianOperator):
-        def __init__(self, pieces: Any, layout: Layout, *, keep_graphs: bool = True) -> None:
+        def __init__(self, pieces: Any, layout: Layout, *, keep_graphs: bool = True, **rest: Any) -> None:
             tries.append((keep_graphs, len(pieces)))
             if keep_graphs or len(pieces) > 2:
                 raise torch.OutOfMemoryError("planted")
-            super().__init__(pieces, layout, keep_graphs=keep_graphs)
+            super().__init__(pieces, layout, keep_graphs=keep_graphs, **rest)
 
     monkeypatch.setattr("instruments.probe.HessianOperator", Greedy)
     with probe:

@@ -162,7 +162,7 @@ def test_a_run_that_failed_is_one(call: Call, monkeypatch: pytest.MonkeyPatch) -
         log.close()
         return runner.Result(outcome, folder, fresh=True)
 
-    monkeypatch.setattr(runner, "run", out_of_memory)
+    monkeypatch.setattr(runner, "prepare", out_of_memory)
     said = call("run", "quadratic", *QUICK)
     assert said.code == 1
     assert "out_of_memory: too large" in said.out
