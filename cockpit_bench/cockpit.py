@@ -14,7 +14,6 @@ Three promises: observation never changes training; an instrument never stops tr
 
 import atexit
 import os
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from torch import Tensor, nn, optim
 
 from cockpit_bench.cadence import Budget
 from cockpit_bench.clock import Clock
-from cockpit_bench.ending import Ending
+from cockpit_bench.ending import Ending, last_error, status_of
 from cockpit_bench.observer import Observer
 from cockpit_bench.panels import assemble, declared
 from cockpit_bench.readout import Readout
@@ -36,6 +35,7 @@ from cockpit_bench.recorder import Recorder
 from cockpit_bench.runlog import Metrics, Outcome, Reading, Record
 from cockpit_bench.runlog.reading import Ending as Status
 from cockpit_bench.sinks import Sink
+from cockpit_bench.step_watch import as_optimizers
 from instruments import catalogue
 from instruments.held import HeldBatches
 from instruments.instrument import Instrument
@@ -86,7 +86,7 @@ class Cockpit:
             raise ValueError(
                 f"expected accumulate (micro-batches of a step) to be a whole number >= 1, got {accumulate!r}"
             )
-        objective, optimizers = as_objective(loss), _as_optimizers(optimizer)
+        objective, optimizers = as_objective(loss), as_optimizers(optimizer)
         self._device = Layout.of(unwrapped(model)).device
         self.clock = Clock(sync=partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None)
         slots, purse, held = assemble(panel, instruments, steps), Budget(budget), HeldBatches(probe)
@@ -100,7 +100,7 @@ class Cockpit:
             settings=settings or ProbeSettings(), scaler=scaler, accumulate=accumulate, strict=strict,
         )  # fmt: skip
         self._ending = Ending(target)
-        self._closed, self._earlier_error = False, id(_last_error())
+        self._closed, self._earlier_error = False, id(last_error())
         self._exit = partial(_close_at_exit, weakref.ref(self))
         atexit.register(self._exit)
 
@@ -283,7 +283,7 @@ class Cockpit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(*_status_of(error))
+        self.close(*status_of(error))
 
     def __del__(self) -> None:
         """Dropped without close(): the log still gets its outcome."""
@@ -293,8 +293,8 @@ class Cockpit:
 
     def _at_exit(self) -> None:
         """The interpreter ends and nobody closed the run: the log says how it ended."""
-        error = _last_error()
-        self.close(*_status_of(None if id(error) == self._earlier_error else error))
+        error = last_error()
+        self.close(*status_of(None if id(error) == self._earlier_error else error))
 
 
 def _close_at_exit(reference: "weakref.ref[Cockpit]") -> None:
@@ -315,27 +315,3 @@ def batches(*given: Batch) -> list[Batch]:
     Each is used whole; several are one loss, weighted by what their losses average over (examples, tokens that count).
     """
     return list(given)
-
-
-def _last_error() -> BaseException | None:
-    """The exception that ended the program; in an interactive session, the last one that was shown."""
-    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-
-
-def _status_of(error: BaseException | None) -> tuple[Status | None, str]:
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return None, ""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", "KeyboardInterrupt"
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return "out_of_memory" if out_of_memory else "error", f"{type(error).__name__}: {error}"
-
-
-def _as_optimizers(given: Any) -> tuple[Any, ...]:
-    optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
-    for optimizer in optimizers:
-        if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
-            raise ValueError(f"expected an optimizer (param_groups, step()) or several, got {optimizer!r}")
-    if not optimizers:
-        raise ValueError("expected at least one optimizer, got an empty sequence.")
-    return optimizers

@@ -1,9 +1,11 @@
 """How a run ends: the target, when it was hit, and the outcome."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cockpit_bench.clock import Clock
@@ -66,3 +68,18 @@ class Ending:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.hit_step, self.hit_seconds, self.best = state["hit_step"], state["hit_seconds"], state["best"]
+
+
+def last_error() -> BaseException | None:
+    """The exception that ended the program; in an interactive session, the last one that was shown."""
+    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+
+
+def status_of(error: BaseException | None) -> tuple[Status | None, str]:
+    """The outcome that an exception which ends a run stands for, and its reason."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return None, ""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "KeyboardInterrupt"
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return "out_of_memory" if out_of_memory else "error", f"{type(error).__name__}: {error}"

@@ -47,3 +47,14 @@ def _weak(method: Callable[[optim.Optimizer], None]) -> Callable[..., None]:
             alive(optimizer)
 
     return hook
+
+
+def as_optimizers(given: Any) -> tuple[Any, ...]:
+    """One optimizer or several as a tuple; ValueError for what is none."""
+    optimizers = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+            raise ValueError(f"expected an optimizer (param_groups, step()) or several, got {optimizer!r}")
+    if not optimizers:
+        raise ValueError("expected at least one optimizer, got an empty sequence.")
+    return optimizers
