@@ -15,11 +15,12 @@ LISTS = ("workloads", "instruments", "panels", "algorithms")
 DESCRIPTION = """\
 An instrument panel for training neural networks in PyTorch, and a benchmark whose misses are explained.
 
-  list   what there is: workloads, instruments, panels, algorithms
-  run    train a workload under the clock with a panel of instruments
-  show   what a run folder says
-  plot   the panel picture of a run
-  dash   TensorBoard on this machine, at the cockpit's charts
+  list     what there is: workloads, instruments, panels, algorithms
+  run      train a workload under the clock with a panel of instruments
+  show     what a run folder says
+  plot     the panel picture of a run
+  compare  steps and seconds to target of several runs
+  dash     TensorBoard on this machine, at the cockpit's charts
 """
 
 
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     _run(sub)
     _show(sub)
     _plot(sub)
+    _compare(sub)
     _dash(sub)
     return top
 
@@ -103,6 +105,18 @@ def _plot(sub: Any) -> None:
     p.add_argument("--out", metavar="FILE", help="where to write it (default: figures/panel.png of the run)")
     p.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="without --out (default: png)")
     p.add_argument("--json", action="store_true", help="the path as JSON on stdout")
+
+
+def _compare(sub: Any) -> None:
+    p = sub.add_parser(
+        "compare",
+        help="steps and seconds to target of several runs",
+        description="Runs that differ in the seed alone are one group; ratios are paired by seed, on both clocks.",
+        epilog="example: cockpit-bench compare runs --out compare.png",
+    )
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of runs")
+    p.add_argument("--out", metavar="FILE", help="also draw it (png, pdf or svg by the ending)")
+    p.add_argument("--json", action="store_true", help="machine-readable output on stdout")
 
 
 def _dash(sub: Any) -> None:
