@@ -43,7 +43,7 @@ demo: $(BASE)
 	@printf 'picture   ' && $(VENV)/bin/cockpit-bench plot $(DEMO_RUNS)
 	@echo 'The run folder is named above. Next:'
 	@echo '  .venv/bin/cockpit-bench show $(DEMO_RUNS)'
-	@echo '  .venv/bin/tensorboard --logdir $(DEMO_RUNS)'
+	@echo '  .venv/bin/cockpit-bench dash $(DEMO_RUNS)'
 
 test: lint
 	$(PY) -m pytest

@@ -22,6 +22,7 @@ class LoopState:
     compared: bool = False
     gradient_factor: float = 1.0
     version: int = 0
+    layers: tuple[str, ...] = ()
     stepped: set[int] = field(default_factory=set)
     norm: Tensor | None = None
     pending: tuple[Any, list[Any]] | None = None

@@ -20,7 +20,7 @@ from instruments.objective import Batch, Objective
 from instruments.probe import Probe, ProbeSettings
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
-from instruments.view import RUNS_MODEL
+from instruments.view import AFTER_STEP, RUNS_MODEL
 
 CLIP_TOLERANCE = 1e-3
 
@@ -81,16 +81,17 @@ class Observer:
         needs = frozenset().union(*(s.instrument.needs for s in stations))
         trusted = loop.loss is not None and not needs & RUNS_MODEL and all(s.built_in for s in stations)
         with self.probe(loop.batches, loop.loss, guarded=not trusted) as probe:
+            self._name_layers(probe, stations)
             if needs & RUNS_MODEL and not loop.compared:
                 loop.compared = True
                 self._compare(probe)
                 probe.gradient_factor = loop.gradient_factor
             for station in stations:
-                if "update" not in station.instrument.needs:
+                if not station.instrument.needs & AFTER_STEP:
                     self._readout.take(station, probe)
             if "gradient" in needs and any(g is not None for g in probe.grads):
                 loop.norm = probe.gradient_norm
-        later = [s for s in stations if "update" in s.instrument.needs]
+        later = [s for s in stations if s.instrument.needs & AFTER_STEP]
         if later:
             probe.remember()
             loop.pending = (probe, later)
@@ -211,6 +212,14 @@ class Observer:
         if not self.loop.skipping:
             self.event("skipped_step", loss_scale=loss_scale(self._scaler, self._optimizers))
         self.loop.abandon()
+
+    def _name_layers(self, probe: Probe, stations: list[Station]) -> None:
+        """Once a run, and again if they change: the order in which per-layer outputs are logged."""
+        names = probe.layout.names
+        per_layer = any(out.kind == "per-layer" for s in stations for out in s.instrument.outputs.values())
+        if per_layer and names != self.loop.layers:
+            self.loop.layers = names
+            self.event("layers", names=list(names), sizes=[p.numel() for p in probe.layout.params])
 
     def _compare(self, probe: Probe) -> None:
         """Once a run: is the loss that the cockpit was given the loss that is trained?"""

@@ -1,6 +1,7 @@
 """Panels: named sets of instruments with their cadences, chosen by price.
 
-    light      what costs nothing: loss, learning rate and gradient norm at every step
+    light      what costs next to nothing: loss, learning rate and gradient norm at every step, the relative size of the
+               step and the weights every ten
     standard   light, the gradient distribution about 200 times a run and curvature about 40 times
     full       light, the gradient distribution about 400 times, the step at every step, curvature about 100 times
 
@@ -35,6 +36,8 @@ LIGHT: Mapping[str, int | Readings] = {
     "batch/loss": EVERY_STEP,
     "step/learning_rate": EVERY_STEP,
     "gradient/norm": EVERY_STEP,
+    "step/update_ratio": 10,
+    "network/weight_norm": 10,
 }
 PANELS: Mapping[str, Mapping[str, int | Readings]] = {
     "light": LIGHT,
@@ -51,6 +54,7 @@ PANELS: Mapping[str, Mapping[str, int | Readings]] = {
         "step/step_ratio": EVERY_STEP,
         "curvature/sharpness": Readings(100, 20),
         "curvature/preconditioned_sharpness": Readings(100, 20),
+        "curvature/smallest": Readings(10, 200),
     },
 }
 

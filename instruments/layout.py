@@ -72,10 +72,15 @@ def total_norm(tensors: Sequence[Tensor | None]) -> Tensor:
     present = [t if t.layout is torch.strided else t.coalesce().values() for t in tensors if t is not None]
     if not present:
         raise Refusal("no parameter has a gradient; observe() belongs after backward() and before zero_grad().")
-    device = present[0].device
-    norms = torch._foreach_norm([t.detach() for t in present], dtype=torch.float32 if _half(present) else None)
-    norm: Tensor = torch.stack([n.to(device) for n in norms]).norm()
+    norm: Tensor = torch.linalg.vector_norm(norms_of(present))
     return norm
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor, shape (number of tensors,), by one fused pass and no synchronisation."""
+    plain = [t.detach() for t in tensors]
+    norms = torch._foreach_norm(plain, dtype=torch.float32 if _half(plain) else None)
+    return torch.stack([n.to(plain[0].device) for n in norms])
 
 
 def _half(tensors: Sequence[Tensor]) -> bool:

@@ -229,6 +229,13 @@ class Probe(AbstractContextManager["Probe"]):
     def preconditioner(self) -> Preconditioner:
         return read_preconditioner(self.optimizers, self.layout, self.unscaled_grads)
 
+    @torch.no_grad()
+    def change(self) -> list[Tensor]:
+        """What the optimizer's step added to each parameter."""
+        if self._before is None:
+            raise Refusal("the parameters before the step were not kept.")
+        return list(torch._foreach_sub([p.detach() for p in self.layout.params], self._before))
+
     def effect(self, meter: Meter) -> StepEffect:
         if self._before is None:
             raise Refusal("the parameters before the step were not kept.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, optim
 
-from instruments.layout import Layout
+from instruments.layout import Layout, norms_of
 from instruments.objective import examples_of
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
@@ -20,7 +20,10 @@ from instruments.step_effect import StepEffect
 if TYPE_CHECKING:
     from instruments.probe import Probe
 
-Need = Literal["loss", "gradient", "samples", "hessian", "preconditioner", "update", "groups"]
+Need = Literal[
+    "loss", "gradient", "samples", "hessian", "preconditioner", "parameters", "change", "update", "groups"
+]  # fmt: skip
+AFTER_STEP: frozenset[Need] = frozenset({"change", "update"})
 RUNS_MODEL: frozenset[Need] = frozenset({"samples", "hessian", "update"})
 
 
@@ -139,6 +142,18 @@ class View:
     @property
     def layout(self) -> Layout:
         return self._probe.layout
+
+    @property
+    def parameter_norms(self) -> Tensor:
+        """Norm of each trained parameter tensor, in the order of the model, by one fused pass."""
+        self._declared("parameters")
+        return norms_of(self._probe.layout.params)
+
+    @property
+    def update_norms(self) -> Tensor:
+        """Norm of the change of each parameter tensor by this step; only after the optimizer's step."""
+        self._declared("change")
+        return norms_of(self._probe.change())
 
     @property
     def effect(self) -> StepEffect:

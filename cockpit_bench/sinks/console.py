@@ -13,7 +13,7 @@ from cockpit_bench.sinks.sink import Sink
 
 _TERMINAL_SECONDS = 0.2
 _PLAIN_SECONDS = 5.0
-_ROUTINE_EVENTS = ("clip", "skipped_step", "data", "trial")
+_ROUTINE_EVENTS = ("clip", "skipped_step", "data", "trial", "layers")
 # label on the line, instrument, output; in the order of the line
 _LOSS = ("loss", "batch/loss", "loss")
 _PICKS = (("rho", "curvature/preconditioned_sharpness", "rho"), ("noise", "gradient/noise_scale", "noise_scale"))

@@ -11,7 +11,7 @@ from cockpit_bench import Cockpit
 from instruments.refusal import Refusal
 
 PLAIN = CASES[0]
-FREE = {"gradient/norm", "batch/loss", "step/learning_rate"}
+FREE = {"batch/loss", "gradient/norm", "network/weight_norm", "step/learning_rate"}
 
 
 def set_training_seconds(cockpit: Cockpit, seconds: float) -> None:

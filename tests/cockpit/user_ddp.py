@@ -21,8 +21,11 @@ def main(rank: int, store: str) -> None:
     cockpit = watch(training)
     training.run(3, cockpit.observe)
     cockpit.close()
+    events = [record for record in cockpit.records if isinstance(record, Event)]
     said: dict[str, Any] = {
-        "events": [[r.name, r.detail["reason"]] for r in cockpit.records if isinstance(r, Event)],
+        "events": [
+            [r.name, r.detail["reason"]] for r in cockpit.records if isinstance(r, Event) and "reason" in r.detail
+        ],
         "ok": len(readings(cockpit, status="ok")),
         "weights": [p.tolist() for p in training.model.parameters()],
     }
