@@ -23,9 +23,7 @@ def main(rank: int, store: str) -> None:
     cockpit.close()
     events = [record for record in cockpit.records if isinstance(record, Event)]
     said: dict[str, Any] = {
-        "events": [
-            [r.name, r.detail["reason"]] for r in cockpit.records if isinstance(r, Event) and "reason" in r.detail
-        ],
+        "events": [[e.name, e.detail["reason"]] for e in events if "reason" in e.detail],
         "ok": len(readings(cockpit, status="ok")),
         "weights": [p.tolist() for p in training.model.parameters()],
     }
