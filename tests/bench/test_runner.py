@@ -237,7 +237,9 @@ def sleepy(plant: Callable[[str], None], planted: Callable[..., Any], monkeypatc
 def test_every_bucket_finds_what_was_planted_in_it(
     planted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of each sleep, and at most 5 ms more than the same run takes without. A busy machine gets three attempts."""
+    """All of each sleep, and at most 5 ms more than the same run takes without. On a busy machine other programs' time
+    is in the difference too: each bucket is judged by the best of up to five attempts."""
+    monkeypatch.setitem(PANELS, "light", {"gradient/norm": 1})  # type: ignore[arg-type]
 
     def timed(plant: Callable[[str], None]) -> Any:
         with monkeypatch.context() as patch:
@@ -245,20 +247,22 @@ def test_every_bucket_finds_what_was_planted_in_it(
             return run(trial(algorithm="sgd"), tmp_path, sinks=sinks, again=True).outcome
 
     expected = {
-        "data": 4, "forward": 4, "backward": 4, "update": 4, "observe": 4, "evaluate": 3, "checkpoint": 1, "log": 17,
+        "data": 4, "forward": 4, "backward": 4, "update": 4, "observe": 4, "evaluate": 3, "checkpoint": 1, "log": 6,
     }  # fmt: skip
-    timed(lambda bucket: None)
-    for attempt in range(3):
-        quiet, plant = timed(lambda bucket: None), Planter()
+    quiet = timed(lambda bucket: None)
+    best = dict.fromkeys([*expected, "other"], 1.0)
+    for _ in range(5):
+        plant = Planter()
         outcome = timed(plant)
         del plant.planted["data"][:2]  # the probe batches are drawn before the clock starts
         assert {bucket: len(sleeps) for bucket, sleeps in plant.planted.items()} == expected
-        excess = {bucket: outcome.buckets[bucket] - sum(sleeps) for bucket, sleeps in plant.planted.items()}
-        assert min(excess.values()) >= -1e-4, "time was lost"
-        over = {bucket: seconds for bucket, seconds in excess.items() if seconds > quiet.buckets[bucket] + 5e-3}
+        for bucket in best:
+            excess = outcome.buckets[bucket] - sum(plant.planted.get(bucket, []))
+            assert excess >= -1e-4, f"{bucket}: time was lost"
+            best[bucket] = min(best[bucket], excess - quiet.buckets.get(bucket, 0.0))
         training = sum(outcome.buckets[b] for b in ("data", "forward", "backward", "update", "other"))
         assert outcome.seconds == pytest.approx(training, abs=1e-6)
         assert sum(outcome.buckets.values()) == pytest.approx(outcome.wall, abs=1e-6)
-        if not over and outcome.buckets["other"] < 5e-3:
+        if max(best.values()) <= 5e-3:
             return
-        assert attempt < 2, over
+    raise AssertionError(best)
