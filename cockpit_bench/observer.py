@@ -54,6 +54,8 @@ class Observer:
         self.last_loss: Tensor | float | None = None
         self._update: Bucket | None = None
         self._collects = any("hessian" in s.instrument.needs for s in readout.stations)
+        outputs = [out for s in readout.stations for out in s.instrument.outputs.values()]
+        self._per_layer = any(out.kind == "per-layer" for out in outputs)
         self._watch = StepWatch(optimizers, self)
 
     def observe(self, batch: Batch, loss: Tensor | float | None) -> None:
@@ -81,7 +83,8 @@ class Observer:
         needs = frozenset().union(*(s.instrument.needs for s in stations))
         trusted = loop.loss is not None and not needs & RUNS_MODEL and all(s.built_in for s in stations)
         with self.probe(loop.batches, loop.loss, guarded=not trusted) as probe:
-            self._name_layers(probe, stations)
+            if self._per_layer:
+                self._name_layers(probe)
             if needs & RUNS_MODEL and not loop.compared:
                 loop.compared = True
                 self._compare(probe)
@@ -213,11 +216,10 @@ class Observer:
             self.event("skipped_step", loss_scale=loss_scale(self._scaler, self._optimizers))
         self.loop.abandon()
 
-    def _name_layers(self, probe: Probe, stations: list[Station]) -> None:
+    def _name_layers(self, probe: Probe) -> None:
         """Once a run, and again if they change: the order in which per-layer outputs are logged."""
         names = probe.layout.names
-        per_layer = any(out.kind == "per-layer" for s in stations for out in s.instrument.outputs.values())
-        if per_layer and names != self.loop.layers:
+        if names != self.loop.layers:
             self.loop.layers = names
             self.event("layers", names=list(names), sizes=[p.numel() for p in probe.layout.params])
 

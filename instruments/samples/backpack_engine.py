@@ -55,12 +55,7 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     for alias in aliases:
         if alias.grad is not None:
             norms_sq_N += getattr(alias, SAVED).to(norms_sq_N)
-    denominator = parts.denominator
-    return BatchMoments(
-        norms_sq_N,
-        problem.layout.join([alias.grad for alias in aliases]),
-        denominator.detach() if isinstance(denominator, Tensor) else denominator,
-    )
+    return BatchMoments(norms_sq_N, problem.layout.join([alias.grad for alias in aliases]), parts.denominator)
 
 
 def _refuse_unknown_layers(problem: SampleProblem) -> None:

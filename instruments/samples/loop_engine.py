@@ -28,7 +28,4 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
             norms_sq.append(g_D.square().sum())
             sum_D += g_D
     check_by_half(problem, batch, parts.sums_N.detach())
-    denominator = parts.denominator
-    return BatchMoments(
-        torch.stack(norms_sq), sum_D, denominator.detach() if isinstance(denominator, torch.Tensor) else denominator
-    )
+    return BatchMoments(torch.stack(norms_sq), sum_D, parts.denominator)
