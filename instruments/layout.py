@@ -5,12 +5,15 @@ Shapes: D = number of trainable scalars, each parameter counted once however man
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from instruments.refusal import Refusal
+
+PIECE = 2**18  # elements that are summed as one
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,26 @@ class Layout:
     params: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Layout":
-        """Tied weights appear once, under the first of their names; frozen parameters do not appear."""
+    def of(cls, model: nn.Module, patterns: Sequence[str] | None = None) -> "Layout":
+        """Tied weights appear once, under the first of their names; frozen parameters do not appear.
+
+        `patterns`, as of a shell ("*.lora_*", "embed.*"), restrict it to the parameters whose names match one of them.
+        """
         pairs = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not pairs:
             raise ValueError(
                 "expected a model with trainable parameters, got one where none requires a gradient; "
                 "set requires_grad on what is trained. Nothing can be measured without it."
             )
+        if patterns is not None:
+            names = [name for name, _ in pairs]
+            pairs = [(name, p) for name, p in pairs if any(fnmatchcase(name, pattern) for pattern in patterns)]
+            if not pairs:
+                raise ValueError(
+                    f"expected patterns that match trainable parameters, got {', '.join(map(repr, patterns))}; "
+                    f"the names are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}. "
+                    "Nothing can be measured without one."
+                )
         return cls(tuple(name for name, _ in pairs), tuple(p for _, p in pairs))
 
     @cached_property
@@ -77,10 +92,27 @@ def total_norm(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each tensor, shape (number of tensors,), by one fused pass and no synchronisation."""
+    """Euclidean norm of each tensor, shape (number of tensors,), by one fused pass and no synchronisation.
+
+    On a CPU the squares of a float32 tensor are summed in float32 one after the other, which is off by 3e-3 for forty
+    million normal numbers; in pieces of 2^18 it is off by 2e-6, at the same speed.
+    """
     plain = [t.detach() for t in tensors]
-    norms = torch._foreach_norm(plain, dtype=torch.float32 if _half(plain) else None)
-    return torch.stack([n.to(plain[0].device) for n in norms])
+    pieces = [_pieces(t) for t in plain]
+    dtype = torch.float32 if _half(plain) else None
+    norms = iter(torch._foreach_norm([piece for of_one in pieces for piece in of_one], dtype=dtype))
+    joined = [_joined([next(norms) for _ in of_one]) for of_one in pieces]
+    return torch.stack([n.to(plain[0].device) for n in joined])
+
+
+def _pieces(t: Tensor) -> Sequence[Tensor]:
+    if t.device.type != "cpu" or t.numel() <= PIECE:
+        return [t]
+    return t.split(max(1, PIECE * len(t) // t.numel()))
+
+
+def _joined(norms: Sequence[Tensor]) -> Tensor:
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(list(norms)))
 
 
 def _half(tensors: Sequence[Tensor]) -> bool:

@@ -262,6 +262,17 @@ def _average(old: Tensor | None, new: Tensor, beta: float) -> Tensor:
     return (1 - beta) * new if old is None else beta * old + (1 - beta) * new
 
 
+def sharpness_edge(preconditioner: Preconditioner, factor: float = 1.0) -> float:
+    """The top eigenvalue of the Hessian at which rho = 1: (2/D - c) / factor, where D and c are the same everywhere.
+
+    NaN where they are not (Adam, several learning rates): then no sharpness alone is the edge. 2/eta for plain SGD.
+    """
+    low, high = preconditioner.scale_D.aminmax()
+    decays = preconditioner.decay_D.aminmax()
+    d0, d1, c0, c1 = (float(x) for x in (low, high, *decays))
+    return (2 / d0 - c0) / factor if d0 == d1 > 0 and c0 == c1 else math.nan
+
+
 def headroom(rho: float) -> float:
     """How many times the learning rates could grow before rho = 1; infinite where curvature does not limit them."""
     return math.inf if rho <= 0 else 1 / rho

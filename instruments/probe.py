@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn, optim
@@ -17,24 +17,37 @@ from torch import Tensor, nn, optim
 from instruments.guard import Buffers, RandomStates, untouched
 from instruments.held import HeldBatches
 from instruments.layout import Layout, total_norm
-from instruments.objective import Batch, Objective, addends, pooled_loss
+from instruments.objective import Batch, Objective, Parts, addends, pooled_loss
 from instruments.operators.hessian import HessianOperator, Piece
 from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.refusal import Refusal
 from instruments.running import Mode, running, unwrapped
+from instruments.samples.independence import no_examples
 from instruments.samples.moments import EngineName, SampleMoments, sample_moments
-from instruments.samples.problem import SampleProblem
+from instruments.samples.problem import SampleProblem, Want
 from instruments.step_effect import StepEffect, step_effect
 from instruments.view import Meter
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How a step is looked at. The seed pins the random numbers of every forward of a reading."""
+    """How a step is looked at. The seed pins the random numbers of every forward of a reading.
+
+    `parameters` restricts every reading to the parameters whose names match one of these patterns (as of a shell):
+    ("*.lora_*",) for adapters, ("embed.*",) for embeddings.
+    """
 
     mode: Mode = "train"
     samples: EngineName = "auto"
     seed: int = 0
+    parameters: str | Sequence[str] | None = None
+
+    @property
+    def patterns(self) -> tuple[str, ...] | None:
+        """The patterns as a tuple; None where all trained parameters are read."""
+        if self.parameters is None:
+            return None
+        return (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
 
     def __post_init__(self) -> None:
         for name, kind in (("mode", Mode), ("samples", EngineName)):
@@ -45,6 +58,9 @@ class ProbeSettings:
 
 class Probe(AbstractContextManager["Probe"]):
     """One step of training: use inside `with probe:`, after backward and before (or after) the optimizer's step.
+
+    `expected` names what the instruments of this step need, so that it is computed in one pass; `plans` is what
+    the engines of per-example statistics remember of the model from step to step.
 
     Inside the `with`, `.grad`, buffers, random states and modes are out of reach of what is measured
     (`instruments.guard`); on leaving it graphs are freed and everything is as before.
@@ -64,6 +80,8 @@ class Probe(AbstractContextManager["Probe"]):
         gradient_factor: float = 1.0,
         settings: ProbeSettings | None = None,
         guarded: bool = True,
+        expected: frozenset[str] = frozenset(),
+        plans: dict[Any, Any] | None = None,
     ) -> None:
         self.module = unwrapped(model)
         self.objective, self.optimizers, self.batches = objective, tuple(optimizers), tuple(batches)
@@ -72,11 +90,15 @@ class Probe(AbstractContextManager["Probe"]):
         self.loss_scale, self.gradient_factor = loss_scale, gradient_factor
         self._loss = loss
         self.loss_given = loss is not None
-        self.layout = Layout.of(self.module)
+        self.layout = Layout.of(self.module, self.settings.patterns)
         self.grads: tuple[Tensor | None, ...] = tuple(p.grad for p in self.layout.params)
         self._before: list[Tensor] | None = None
         self._hessian: HessianOperator | None = None
         self._stack, self._guarded = ExitStack(), guarded
+        self._expected: frozenset[Any] = expected & frozenset(get_args(Want))
+        self._plans = {} if plans is None else plans
+        self._moments: SampleMoments | None = None
+        self._moments_wants: frozenset[Want] = frozenset()
         self._buffers: Buffers | None = None
 
     def __enter__(self) -> "Probe":
@@ -92,8 +114,9 @@ class Probe(AbstractContextManager["Probe"]):
 
     def __exit__(self, *exc: object) -> None:
         self._release()
-        for cached in ("_moments", "preconditioner", "unscaled_grads"):
+        for cached in ("preconditioner", "unscaled_grads", "_step_parts"):
             self.__dict__.pop(cached, None)
+        self._moments = None
         self._stack.close()
         self._buffers = None
 
@@ -148,16 +171,28 @@ class Probe(AbstractContextManager["Probe"]):
         if self._loss is not None:
             meter.provenance["loss"] = "given"
             return torch.as_tensor(self._loss).detach()
-        if "recomputed_loss" not in self.__dict__:
-            meter.gradients += 1 / 3
         meter.provenance["loss"] = "recomputed"
-        return self.recomputed_loss
+        return pooled_loss(self.objective, self._forward(meter))
+
+    def example_losses(self, meter: Meter) -> Tensor:
+        """(N,): the loss of each example, in a unit in which their mean is the loss of the step."""
+        parts = self._forward(meter)
+        sums = [p.sums_N for p in parts if p.sums_N is not None]
+        if len(sums) < len(parts):
+            raise no_examples()
+        sums_N = torch.cat(sums)
+        return sums_N * (len(sums_N) / sum((p.denominator for p in parts), start=0.0))
+
+    def _forward(self, meter: Meter) -> Sequence[Parts]:
+        """The loss of the step's batches by one forward under the step's own masks, no gradient."""
+        if "_step_parts" not in self.__dict__:
+            meter.gradients += 1 / 3
+        return self._step_parts
 
     @cached_property
-    def recomputed_loss(self) -> Tensor:
-        """The loss of the step's batches as one, by a forward under the step's own masks."""
-        with torch.no_grad():
-            return self.step_loss()[0]
+    def _step_parts(self) -> Sequence[Parts]:
+        with torch.no_grad(), self.running(held=False, differentiable=False):
+            return [self.objective.parts(self.module, batch) for batch in self.batches]
 
     def step_loss(self, *, weighted: bool = True) -> tuple[Tensor, bool]:
         """Loss of the step's batches as one, and whether its forward drew random numbers.
@@ -191,22 +226,24 @@ class Probe(AbstractContextManager["Probe"]):
         """Euclidean norm of all gradients together, one scalar tensor, no synchronisation."""
         return total_norm(self.grads) / self.loss_scale
 
-    @cached_property
-    def _moments(self) -> SampleMoments:
+    def moments(self, meter: Meter, wants: frozenset[Want] = frozenset()) -> SampleMoments:
+        """Per-example statistics of the step's batches: one pass for all that is expected of this step."""
+        if self._moments is None or not wants <= self._moments_wants:
+            self._moments_wants |= wants | self._expected
+            self._moments = self._read_moments(self._moments_wants)
+            meter.gradients += 4 / 3 + len(self._moments_wants) / 3
+        meter.provenance["engine"] = self._moments.engine
+        return self._moments
+
+    def _read_moments(self, wants: frozenset[Want]) -> SampleMoments:
         def pinned() -> AbstractContextManager[None]:
             return self.running(held=False, differentiable=True)
 
         self._guard()
-        problem = SampleProblem(self.module, self.layout, self.objective, pinned)
+        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, plans=self._plans)
         if self.settings.mode == "eval":
             self.module.eval()
         return sample_moments(problem, self.batches, self.settings.samples)
-
-    def moments(self, meter: Meter) -> SampleMoments:
-        if "_moments" not in self.__dict__:
-            meter.gradients += 2.0
-        meter.provenance["engine"] = self._moments.engine
-        return self._moments
 
     def hessian(self, meter: Meter) -> HessianOperator:
         """The Hessian of the loss on the held batches. Out of memory: graphs are rebuilt, then batches are dropped."""

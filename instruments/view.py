@@ -3,8 +3,9 @@
 Shapes: D = trainable scalars.
 """
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor, optim
 
@@ -12,19 +13,23 @@ from instruments.layout import Layout, norms_of
 from instruments.objective import examples_of
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
-from instruments.preconditioners import Preconditioner
+from instruments.preconditioners import Preconditioner, sharpness_edge
+from instruments.refusal import Refusal
 from instruments.running import processes
 from instruments.samples.moments import SampleMoments
+from instruments.samples.problem import Want
 from instruments.step_effect import StepEffect
 
 if TYPE_CHECKING:
     from instruments.probe import Probe
 
 Need = Literal[
-    "loss", "gradient", "samples", "hessian", "preconditioner", "parameters", "change", "update", "groups"
+    "loss", "example_losses", "gradient", "samples", "second_moment", "inner_products", "gram", "hessian",
+    "preconditioner", "parameters", "change", "update", "groups",
 ]  # fmt: skip
+SAMPLES: frozenset[Need] = frozenset({"samples", "second_moment", "inner_products", "gram"})
 AFTER_STEP: frozenset[Need] = frozenset({"change", "update"})
-RUNS_MODEL: frozenset[Need] = frozenset({"samples", "hessian", "update"})
+RUNS_MODEL: frozenset[Need] = SAMPLES | {"example_losses", "hessian", "update"}
 
 
 @dataclass
@@ -67,6 +72,8 @@ class View:
             facts["mode"] = probe.mode
         if self._needs != {"groups"}:
             facts["precision"] = probe.precision
+        if probe.settings.patterns is not None:
+            facts["parameters"] = f"those named {', '.join(probe.settings.patterns)}"
         if processes() > 1:
             facts["scope"] = f"this one of {processes()} processes"
         return facts
@@ -93,6 +100,14 @@ class View:
         return self._probe.loss_given
 
     @property
+    def losses_N(self) -> Tensor:
+        """Loss of each example of the step, (N,); their mean is the loss."""
+        self._declared("example_losses")
+        losses_N = self._probe.example_losses(self.meter)
+        self.meter.provenance["examples"] = len(losses_N)
+        return losses_N
+
+    @property
     def gradient_norm(self) -> Tensor:
         """Norm of what stands in `.grad`, unscaled."""
         self._declared("gradient")
@@ -100,9 +115,11 @@ class View:
 
     @property
     def moments(self) -> SampleMoments:
-        """Per-example gradient statistics of the step's batch."""
-        self._declared("samples")
-        moments = self._probe.moments(self.meter)
+        """Per-example gradient statistics of the step's batch: norms and mean, and what else is declared."""
+        if not self._needs & SAMPLES:
+            self._declared("samples")
+        wants = cast(frozenset[Want], self._needs & SAMPLES - {"samples"})
+        moments = self._probe.moments(self.meter, wants)
         self.meter.provenance["examples"] = moments.examples
         return moments
 
@@ -123,6 +140,15 @@ class View:
         """D and c of the optimizers at this step."""
         self._declared("preconditioner")
         return self._probe.preconditioner
+
+    @property
+    def sharpness_edge(self) -> float:
+        """The sharpness at which rho = 1, where one number says it; NaN where coordinates differ or D is not known."""
+        self._declared("preconditioner")
+        try:
+            return sharpness_edge(self._probe.preconditioner, self._probe.gradient_factor)
+        except Refusal:
+            return math.nan
 
     @property
     def preconditioned(self) -> Operator:

@@ -22,7 +22,8 @@ class Sharpness(Instrument):
     more than rounding. `bound` is the larger of the residual and `tol` |lambda|: the true value is that close if the
     eigenvalue nearest to the reading is the largest, or if one that has overtaken it since the last audit has done so
     by less than the tolerance. Sharpness of a mini-batch is larger than that of the whole data set: compare only
-    readings on the same number of examples.
+    readings on the same number of examples. `edge` is what it would have to reach for rho = 1 where that is one number:
+    all coordinates stepping alike, as under SGD.
     """
 
     tol: float = 0.0675
@@ -33,8 +34,11 @@ class Sharpness(Instrument):
         "residual": Output("loss / parameter²", "|H y - lambda y| for the unit vector y of the reading"),
         "bound": Output("loss / parameter²", "the true value lies between the reading and the reading plus this"),
         "converged": Output("1", "1 when the residual met the tolerance, 0 when products ran out"),
+        "edge": Output(
+            "loss / parameter²", "sharpness at which this optimizer is unstable, 2/eta for SGD; NaN where none is"
+        ),
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"hessian", "preconditioner"})
     reference: ClassVar[str] = (
         "Lanczos: Parlett 1998, The symmetric eigenvalue problem, chapter 13; sharpness along training: Cohen et al. "
         "2021, Gradient descent on neural networks typically occurs at the edge of stability"
@@ -55,5 +59,6 @@ class Sharpness(Instrument):
             "residual": ritz.residual,
             "bound": ritz.bound(self.tol),
             "converged": float(ritz.converged),
+            "edge": view.sharpness_edge,
         }
         return values, track.state()

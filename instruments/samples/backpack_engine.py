@@ -1,4 +1,4 @@
-"""Per-example gradient norms by BackPACK, in about the time of one gradient, for models made of layers that it knows.
+"""Per-example gradient statistics by BackPACK, in about two gradients, for models made of layers that it knows.
 
 BackPACK hooks modules and writes onto parameters; both happen on a shadow of the model that shares the storage of its
 parameters, so the user's modules and parameters carry nothing afterwards.
@@ -9,6 +9,7 @@ import contextlib
 import copy
 import importlib
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,8 @@ from torch import Tensor, nn
 from instruments.objective import Batch
 from instruments.refusal import Refusal
 from instruments.samples.independence import check_by_half, no_examples
-from instruments.samples.problem import BatchMoments, SampleProblem
+from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
 
-SAVED = "batch_l2"  # the attribute that BackPACK writes onto a parameter
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -29,18 +29,17 @@ def preload() -> None:
 
 
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
-    """|g_i|^2 by BatchL2Grad and sum g_i by the same backward pass."""
+    """Norms by BatchL2Grad and squares by SumGradSquared; inner products need BatchGrad, which holds all N x D."""
     _refuse_unknown_layers(problem)
     try:
         from backpack import backpack, extend
-        from backpack.extensions import BatchL2Grad
     except Exception as error:
         raise Refusal(f"BackPACK cannot be imported: {type(error).__name__}: {error}") from error
     shadow, aliases = _shadow(problem)
     calls = _count_calls(shadow)
     try:
         extend(shadow)
-        with torch.enable_grad(), problem.running(), backpack(BatchL2Grad()), warnings.catch_warnings():
+        with torch.enable_grad(), problem.running(), backpack(*_extensions(problem)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its hooks note that inputs need no gradient
             parts = problem.objective.parts(shadow, batch)
             if parts.sums_N is None:
@@ -51,11 +50,32 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     except (RuntimeError, AttributeError, ValueError, TypeError) as error:
         raise Refusal(f"BackPACK cannot read this model: {type(error).__name__}: {error}") from error
     check_by_half(problem, batch, parts.sums_N.detach())
-    norms_sq_N = torch.zeros(parts.examples, dtype=problem.layout.dtype, device=problem.layout.device)
-    for alias in aliases:
-        if alias.grad is not None:
-            norms_sq_N += getattr(alias, SAVED).to(norms_sq_N)
-    return BatchMoments(norms_sq_N, problem.layout.join([alias.grad for alias in aliases]), parts.denominator)
+    sum_D = problem.layout.join([alias.grad for alias in aliases])
+    direction_D = sum_D if problem.direction_D is None else problem.direction_D
+    pieces = flat_pieces(problem.layout, direction_D)
+    statistics = [
+        _statistics(problem, alias, parts.examples, piece) for alias, piece in zip(aliases, pieces, strict=True)
+    ]
+    return BatchMoments.of(problem, statistics, sum_D, parts.denominator, "backpack")
+
+
+def _extensions(problem: SampleProblem) -> list[Any]:
+    from backpack.extensions import BatchGrad, BatchL2Grad, SumGradSquared
+
+    squares = [SumGradSquared()] if "second_moment" in problem.wants else []
+    return [BatchL2Grad(), *squares, *([BatchGrad()] if problem.wants & {"gram", "inner_products"} else [])]
+
+
+def _statistics(problem: SampleProblem, alias: Any, examples: int, direction_d: Tensor) -> Statistics:
+    """What BackPACK wrote onto a parameter; zeros where the loss does not reach it."""
+    if alias.grad is None:
+        zeros_N = torch.zeros(examples, dtype=alias.dtype, device=alias.device)
+        return Statistics(zeros_N, torch.zeros_like(alias), zeros_N, zeros_N.new_zeros(examples, examples))
+    squares_d = alias.sum_grad_squared if "second_moment" in problem.wants else None
+    if not problem.wants & {"gram", "inner_products"}:
+        return Statistics(alias.batch_l2, squares_d)
+    g_Nd = alias.grad_batch.reshape(examples, -1)
+    return Statistics(alias.batch_l2, squares_d, g_Nd @ direction_d.to(g_Nd), g_Nd @ g_Nd.T)
 
 
 def _refuse_unknown_layers(problem: SampleProblem) -> None:

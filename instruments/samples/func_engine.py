@@ -1,5 +1,6 @@
 """Per-example gradients by torch.func: vmap over the examples of the gradient of one."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,24 +12,22 @@ from instruments.objective import Batch, plain_tree
 from instruments.refusal import Refusal
 from instruments.samples.independence import refuse_interaction, whole_batch
 from instruments.samples.problem import BatchMoments, SampleProblem
-
-CHUNK_SCALARS = 2**23
-"""Per-example gradients held at a time, in scalars (32 MiB in float32)."""
+from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
 
 
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
-    """|g_i|^2 and sum g_i of the unnormalised per-example losses, chunk by chunk.
+    """The moments of the unnormalised per-example losses, chunk by chunk.
 
     The losses of the examples one by one are compared with those of the whole batch; where they differ and no random
     number was drawn, the examples interact (contrastive losses, batch statistics) and the reading is refused.
     """
     whole_N, denominator, random = whole_batch(problem, batch)
     leaves, spec = tree_flatten(plain_tree(batch))
-    n = whole_N.shape[0]
+    n, layout = whole_N.shape[0], problem.layout
     mapped = [isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves]
     if not any(mapped) or any(m and leaf.shape[0] != n for leaf, m in zip(leaves, mapped, strict=True)):
         raise Refusal(f"not every tensor of the batch has the {n} examples as its leading dimension.")
-    params = dict(zip(problem.layout.names, (p.detach() for p in problem.layout.params), strict=True))
+    params = dict(zip(layout.names, (p.detach() for p in layout.params), strict=True))
 
     def one(values: dict[str, Tensor], *example: Any) -> Tensor:
         rows = [leaf.unsqueeze(0) if m else leaf for leaf, m in zip(example, mapped, strict=True)]
@@ -41,21 +40,24 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
 
     dims = (None, *(0 if m else None for m in mapped))
     per_example = vmap(grad_and_value(one), in_dims=dims, randomness="different")
-    sums_D, norms, losses = torch.zeros_like(problem.layout.join([None] * len(params))), [], []
-    chunk = max(1, min(n, CHUNK_SCALARS // problem.layout.size))
-    try:
+    chunk = max(1, min(n, CHUNK_SCALARS // layout.size))
+
+    def chunks() -> Iterator[Tensor]:
+        losses = []
         with problem.running():
             for start in range(0, n, chunk):
                 rows = [leaf[start : start + chunk] if m else leaf for leaf, m in zip(leaves, mapped, strict=True)]
-                grads, values_c = per_example(params, *rows)
-                norms.append(sum(g.detach().flatten(1).square().sum(1) for g in grads.values()))
-                sums_D += problem.layout.join([grads[name].sum(0) for name in problem.layout.names])
-                losses.append(values_c.detach())
+                grads, values_n = per_example(params, *rows)
+                losses.append(values_n.detach())
+                yield torch.cat([grads[name].detach().flatten(1) for name in layout.names], 1)
+        if not random:
+            refuse_interaction(torch.cat(losses), whole_N)
+
+    try:
+        found = statistics_of_rows(problem, chunks)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise Refusal(f"torch.func cannot trace this model or loss: {_first_line(error)}") from error
-    if not random:
-        refuse_interaction(torch.cat(losses), whole_N)
-    return BatchMoments(torch.cat([torch.as_tensor(x) for x in norms]), sums_D, denominator)
+    return BatchMoments.of(problem, found.statistics, found.sum_D, denominator, "torch.func")
 
 
 def _first_line(error: Exception) -> str:

@@ -4,59 +4,83 @@ With loss = total / denominator over N examples (`instruments.objective`), examp
 g_i = (N / denominator) grad(its sum), and the mean of the g_i is the gradient of the loss. No engine holds an N x D
 matrix beyond a bounded chunk.
 
-Shapes: N = examples of the step (all its micro-batches), D = trainable scalars.
+Shapes: N = examples of the step (all its micro-batches), D = trainable scalars, L = trained parameter tensors.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from instruments.layout import Layout
 from instruments.objective import Batch
 from instruments.refusal import Refusal
-from instruments.samples import backpack_engine, func_engine, loop_engine
+from instruments.samples import backpack_engine, func_engine, fused_engine, loop_engine
 from instruments.samples.independence import Undefined, refuse_hidden_parameters
-from instruments.samples.problem import BatchMoments, Engine, SampleProblem
+from instruments.samples.problem import BatchMoments, Engine, SampleProblem, flat_pieces
 
-EngineName = Literal["auto", "backpack", "torch.func", "loop"]
+EngineName = Literal["auto", "fused", "backpack", "torch.func", "loop"]
 ENGINES: dict[str, Engine] = {
-    "backpack": backpack_engine.moments,
+    "fused": fused_engine.moments,
     "torch.func": func_engine.moments,
     "loop": loop_engine.moments,
+    "backpack": backpack_engine.moments,
 }
+AUTO = ("fused", "torch.func", "loop")
 
 
 @dataclass(frozen=True)
 class SampleMoments:
-    """`norms_sq_N`: |g_i|^2; `mean_D`: the mean of the g_i; `engine`: who computed them."""
+    """Statistics of the g_i. What was not asked for is None.
 
-    norms_sq_N: Tensor
+    `norms_sq_NL`: |g_i|^2 by parameter tensor; `mean_D`: mean of the g_i; `second_D`: mean of the g_i^2, elementwise;
+    `inner_NL`: <g_i, mean> by parameter tensor; `gram_NN`: <g_i, g_j>; `engine`: who computed them.
+    """
+
+    layout: Layout
+    norms_sq_NL: Tensor
     mean_D: Tensor
     engine: str
+    second_D: Tensor | None = None
+    inner_NL: Tensor | None = None
+    gram_NN: Tensor | None = None
 
     @property
     def examples(self) -> int:
-        return self.norms_sq_N.shape[0]
+        return self.norms_sq_NL.shape[0]
+
+    @property
+    def norms_sq_N(self) -> Tensor:
+        return self.norms_sq_NL.sum(1)
+
+    @property
+    def sum_of_squares_L(self) -> Tensor:
+        """A = sum over examples of |g_i|^2, by parameter tensor, in float64."""
+        return self.norms_sq_NL.double().sum(0)
+
+    @property
+    def square_of_sum_L(self) -> Tensor:
+        """Q = |sum over examples of g_i|^2, by parameter tensor, in float64."""
+        pieces = flat_pieces(self.layout, self.mean_D)
+        return self.examples**2 * torch.stack([piece.double().square().sum() for piece in pieces])
 
 
 def sample_moments(problem: SampleProblem, batches: Sequence[Batch], engine: EngineName = "auto") -> SampleMoments:
     """Moments of the step's micro-batches together, as if they were one batch.
 
-    "auto" takes BackPACK where every trained parameter sits in a layer that it knows, torch.func where that cannot, and
-    a backward pass an example where neither can. Raises Refusal where a gradient of one example is not defined.
+    "auto" takes the fused engine, which leaves single parameters to torch.func or to a backward pass an example, and
+    these two for the whole where it cannot read the model at all. Raises Refusal where a gradient of one example is not
+    defined, and where all pairs of examples are asked for over several micro-batches.
     """
     refuse_undefined(problem.module)
-    names = [engine] if engine != "auto" else list(ENGINES)
+    if "gram" in problem.wants and len(batches) > 1:
+        raise Refusal("products of pairs of examples are read within one batch, not over accumulated micro-batches.")
     reasons = []
-    for name in names:
+    for name in AUTO if engine == "auto" else (engine,):
         try:
-            parts = [ENGINES[name](problem, batch) for batch in batches]
-            if name != "loop":
-                for part, batch in zip(parts, batches, strict=True):
-                    refuse_hidden_parameters(problem, batch, part.sum_D)
-            return _scaled(parts, name)
+            return _over_batches(problem, batches, name)
         except Refusal as refusal:
             if isinstance(refusal, Undefined) or engine != "auto":
                 raise
@@ -74,9 +98,44 @@ def refuse_undefined(module: nn.Module) -> None:
             )
 
 
-def _scaled(parts: Sequence[BatchMoments], engine: str) -> SampleMoments:
+def _over_batches(problem: SampleProblem, batches: Sequence[Batch], name: str) -> SampleMoments:
+    """Inner products with the mean of several batches need that mean first: a pass for it, and one for them."""
+    if len(batches) > 1 and "inner_products" in problem.wants:
+        first = _run(replace(problem, wants=frozenset()), batches, name)
+        problem = replace(problem, direction_D=torch.stack([part.sum_D for part in first]).sum(0))
+    return _scaled(problem.layout, _run(problem, batches, name))
+
+
+def _run(problem: SampleProblem, batches: Sequence[Batch], name: str) -> list[BatchMoments]:
+    parts = [ENGINES[name](problem, batch) for batch in batches]
+    if name in ("torch.func", "backpack"):
+        for part, batch in zip(parts, batches, strict=True):
+            refuse_hidden_parameters(problem, batch, part.sum_D)
+    return parts
+
+
+def _scaled(layout: Layout, parts: Sequence[BatchMoments]) -> SampleMoments:
+    """From sums of losses to the loss: g_i by N / denominator, and means over the examples of all batches."""
     denominator = sum((part.denominator for part in parts), start=0.0)
-    norms_sq_N = torch.cat([part.norms_sq_N for part in parts])
-    factor = norms_sq_N.shape[0] / denominator
-    mean_D = sum((part.sum_D for part in parts[1:]), start=parts[0].sum_D) / denominator
-    return SampleMoments(norms_sq_N * factor**2, mean_D, engine)
+    norms_sq_NL = torch.cat([part.norms_sq_NL for part in parts])
+    n = norms_sq_NL.shape[0]
+    factor = n / denominator
+
+    def total(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        present = [t for t in tensors if t is not None]
+        return torch.stack(present).sum(0) if present else None
+
+    squares_D = total([part.squares_D for part in parts])
+    inner = [part.inner_NL for part in parts if part.inner_NL is not None]
+    gram_NN = parts[0].gram_NN
+    sum_D = total([part.sum_D for part in parts])
+    assert sum_D is not None
+    return SampleMoments(
+        layout,
+        norms_sq_NL * factor**2,
+        sum_D / denominator,
+        parts[0].engine,
+        None if squares_D is None else squares_D * (factor**2 / n),
+        torch.cat(inner) * (factor / denominator) if inner else None,
+        None if gram_NN is None else gram_NN * factor**2,
+    )

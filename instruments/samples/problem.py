@@ -1,35 +1,105 @@
 """What an engine of per-example gradients is given, and what it gives back.
 
-Shapes: N = examples of one batch, D = trainable scalars.
+Shapes: N = examples of one batch, D = trainable scalars, L = trained parameter tensors, d = scalars of one of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from instruments.layout import Layout
 from instruments.objective import Batch, Objective
 
+Want = Literal["second_moment", "inner_products", "gram"]
+
 
 @dataclass(frozen=True)
 class SampleProblem:
-    """A model at rest, its loss, and `running`: the pinned context in which every forward happens."""
+    """A model at rest, its loss, and `running`: the pinned context in which every forward happens.
+
+    `wants` is what is to be computed beside the norms and the sum. Inner products are taken with `direction_D`, or,
+    where that is None, with the sum of the batch itself. `plans` is what the fused engine remembers of a model.
+    """
 
     module: nn.Module
     layout: Layout
     objective: Objective
     running: Callable[[], AbstractContextManager[None]]
+    wants: frozenset[Want] = frozenset()
+    direction_D: Tensor | None = None
+    plans: dict[Any, Any] = field(default_factory=dict)
+
+    def only(self, chosen: Collection[int]) -> "SampleProblem":
+        """The same for some of the parameters, in the order of the layout."""
+        kept = [index in chosen for index in range(len(self.layout.params))]
+        part = Layout(
+            tuple(name for name, keep in zip(self.layout.names, kept, strict=True) if keep),
+            tuple(p for p, keep in zip(self.layout.params, kept, strict=True) if keep),
+        )
+        if self.direction_D is None:
+            return replace(self, layout=part)
+        pieces = zip(flat_pieces(self.layout, self.direction_D), kept, strict=True)
+        return replace(self, layout=part, direction_D=torch.cat([piece for piece, keep in pieces if keep]))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the gradients g_i (one parameter tensor, N examples): |g_i|^2, sum g_i^2, <g_i, direction>, <g_i, g_j>."""
+
+    norms_sq_N: Tensor
+    squares_d: Tensor | None = None
+    inner_N: Tensor | None = None
+    gram_NN: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class BatchMoments:
-    """Of one batch, in the unit of `total` (the sum over examples), before division by `denominator`."""
+    """Of one batch, in the unit of `total` (the sum over examples), before division by `denominator`.
 
-    norms_sq_N: Tensor
+    `norms_sq_NL` and `inner_NL` have a column for each parameter tensor, the others are over all of them together.
+    """
+
+    norms_sq_NL: Tensor
     sum_D: Tensor
     denominator: Tensor | float
+    engine: str
+    squares_D: Tensor | None = None
+    inner_NL: Tensor | None = None
+    gram_NN: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        problem: SampleProblem,
+        parts: Sequence[Statistics],
+        sum_D: Tensor,
+        denominator: Tensor | float,
+        engine: str,
+    ) -> "BatchMoments":
+        """From the statistics of each parameter tensor, in the order of the layout."""
+        dtype, wants = problem.layout.dtype, problem.wants
+
+        def columns(name: str) -> list[Tensor]:
+            return [getattr(part, name).to(dtype) for part in parts]
+
+        return cls(
+            torch.stack(columns("norms_sq_N"), 1),
+            sum_D,
+            denominator,
+            engine,
+            torch.cat([c.reshape(-1) for c in columns("squares_d")]) if "second_moment" in wants else None,
+            torch.stack(columns("inner_N"), 1) if "inner_products" in wants else None,
+            torch.stack(columns("gram_NN")).sum(0) if "gram" in wants else None,
+        )
 
 
 Engine = Callable[[SampleProblem, Batch], BatchMoments]
+
+
+def flat_pieces(layout: Layout, v_D: Tensor) -> Sequence[Tensor]:
+    """The pieces of v_D, one a parameter tensor, flat."""
+    return torch.split(v_D, [p.numel() for p in layout.params])

@@ -1,4 +1,4 @@
-"""Per-example gradient statistics: three engines against a backward pass an example on batches of one."""
+"""Per-example gradient statistics: every engine against a backward pass an example on batches of one."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from twins import example_gradients
 from instruments import Probe, ProbeSettings, Refusal
 from instruments.objective import as_objective
 from instruments.samples.moments import SampleMoments
+from instruments.samples.problem import Want
 from instruments.view import Meter
 
 DEFINED = [case for case in CASES if case.examples and not case.random]
@@ -21,14 +22,36 @@ BACKPACK = {
 }  # fmt: skip
 
 
-def measure(model: nn.Module, loss: Any, batches: list[Any], engine: str = "auto") -> SampleMoments:
+EVERYTHING: frozenset[Want] = frozenset({"second_moment", "inner_products", "gram"})
+
+
+def measure(
+    model: nn.Module, loss: Any, batches: list[Any], engine: str = "auto", wants: frozenset[Want] = frozenset()
+) -> SampleMoments:
     settings = ProbeSettings(samples=engine)  # type: ignore[arg-type]
     with Probe(model, as_objective(loss), [], batches, settings=settings) as probe:
-        return probe.moments(Meter())
+        return probe.moments(Meter(), wants)
+
+
+def assert_moments(moments: SampleMoments, grads_ND: torch.Tensor, tol: float = 1e-10) -> None:
+    """Every statistic against its definition on the N x D matrix, relative to its own size."""
+    mean_D = grads_ND.mean(0)
+    assert moments.second_D is not None
+    assert moments.inner_NL is not None
+    assert moments.gram_NN is not None
+    pairs = (
+        (moments.norms_sq_N, grads_ND.square().sum(1)),
+        (moments.mean_D, mean_D),
+        (moments.second_D, grads_ND.square().mean(0)),
+        (moments.inner_NL.sum(1), grads_ND @ mean_D),
+        (moments.gram_NN, grads_ND @ grads_ND.T),
+    )
+    for found, expected in pairs:
+        assert (found - expected).abs().max() <= tol * (expected.abs().max() + 1e-300)
 
 
 @pytest.mark.parametrize("case", DEFINED, ids=lambda case: case.name)
-@pytest.mark.parametrize("engine", ["torch.func", "loop", "backpack", "auto"])
+@pytest.mark.parametrize("engine", ["fused", "torch.func", "loop", "backpack", "auto"])
 def test_engines_equal_one_example_at_a_time(case: Case, engine: str) -> None:
     built = build(case)
     if engine == "backpack" and case.name not in BACKPACK:
@@ -40,30 +63,35 @@ def test_engines_equal_one_example_at_a_time(case: Case, engine: str) -> None:
             measure(built.model, built.loss, [built.batch], engine)
         return
     expected = example_gradients(built.model, built.loss, built.batch)
-    moments = measure(built.model, built.loss, [built.batch], engine)
-    scale = float(expected.square().sum(1).max())
-    assert torch.allclose(moments.norms_sq_N, expected.square().sum(1), atol=1e-10 * (1 + scale))
-    assert torch.allclose(moments.mean_D, expected.mean(0), atol=1e-10 * (1 + scale))
+    assert_moments(measure(built.model, built.loss, [built.batch], engine, EVERYTHING), expected)
+    alone = measure(built.model, built.loss, [built.batch], engine)
+    assert torch.allclose(alone.norms_sq_N, expected.square().sum(1), rtol=1e-10)
+    assert (alone.second_D, alone.inner_NL, alone.gram_NN) == (None, None, None)
 
 
 def test_auto_takes_the_cheapest_engine_that_can() -> None:
-    for name, engine in (("mlp", "backpack"), ("tied_attention", "torch.func"), ("recurrent", "loop")):
+    for name, engine in (("mlp", "fused"), ("tied_attention", "fused"), ("recurrent", "fused")):
         built = build(BY_NAME[name])
         assert measure(built.model, built.loss, [built.batch]).engine == engine
 
 
-@pytest.mark.parametrize("engine", ["backpack", "torch.func", "loop"])
+@pytest.mark.parametrize("engine", ["fused", "backpack", "torch.func", "loop"])
 @pytest.mark.parametrize("name", ["mlp", "mlp_weighted", "mlp_sum"])
 def test_micro_batches_are_one_batch(name: str, engine: str) -> None:
     built = build(BY_NAME[name])
     x, y = built.batch
-    together = measure(built.model, built.loss, [(x, y)], engine)
-    apart = measure(built.model, built.loss, [(x[:4], y[:4]), (x[4:], y[4:])], engine)
+    wants: frozenset[Want] = frozenset({"second_moment", "inner_products"})
+    together = measure(built.model, built.loss, [(x, y)], engine, wants)
+    apart = measure(built.model, built.loss, [(x[:4], y[:4]), (x[4:], y[4:])], engine, wants)
     if name == "mlp_sum":  # two sums are averaged as losses of their batches, not added
         assert apart.examples == 6
         return
     assert torch.allclose(apart.norms_sq_N, together.norms_sq_N, rtol=1e-12)
     assert torch.allclose(apart.mean_D, together.mean_D, atol=1e-14)
+    for found, expected in ((apart.second_D, together.second_D), (apart.inner_NL, together.inner_NL)):
+        assert found is not None
+        assert expected is not None
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_chunks_are_bounded_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +125,7 @@ def test_batch_norm_in_training_mode_is_refused_by_name() -> None:
         measure(built.model, built.loss, [built.batch])
 
 
-@pytest.mark.parametrize("engine", ["auto", "backpack", "torch.func", "loop"])
+@pytest.mark.parametrize("engine", ["auto", "fused", "backpack", "torch.func", "loop"])
 def test_a_loss_that_mixes_examples_is_refused_by_its_numbers(engine: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()

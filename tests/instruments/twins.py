@@ -72,7 +72,7 @@ def example_gradients(model: nn.Module, loss: Any, batch: Any) -> Tensor:
         else:
             value = loss(model, alone).sum()
         grads = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([g.reshape(-1) for g in grads]))
+        rows.append(torch.cat([g.to_dense().reshape(-1) for g in grads]))
     return torch.stack(rows)
 
 

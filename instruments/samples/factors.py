@@ -1,0 +1,156 @@
+"""Per-example gradients of one parameter in the form that an operation leaves them, and their statistics.
+
+A gradient of a weight that is used at T positions is a product of two thin matrices; one of an embedding has a few
+rows. What can be had from the factors is not computed from the gradient, which is formed in blocks only.
+
+Shapes: N = examples, n = some of them, T = positions of an example, G = groups, (p, q) = the weight of a group.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from instruments.samples.problem import Statistics, Want
+from instruments.samples.rows import CHUNK_SCALARS
+
+Wants = frozenset[Want]
+
+
+class Factor(ABC):
+    """Abstract: the per-example gradients of one use of a parameter, in the shape in which the operation takes it."""
+
+    @abstractmethod
+    def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
+        """Norms and what is wanted beside them; inner products are with `direction`, in the operation's shape."""
+
+    @abstractmethod
+    def rows(self, some: slice) -> Tensor:
+        """The gradients of some examples as they are, (n, *shape)."""
+
+
+@dataclass(frozen=True)
+class Direct(Factor):
+    """Small parameters (biases, scales): the gradients themselves, (N, *shape)."""
+
+    grads: Tensor
+
+    def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
+        g_Nd = self.grads.reshape(len(self.grads), -1)
+        squares_Nd = g_Nd.square()
+        return Statistics(
+            squares_Nd.sum(1),
+            squares_Nd.sum(0) if "second_moment" in wants else None,
+            None if direction is None else g_Nd @ direction.reshape(-1).to(g_Nd.dtype),
+            g_Nd @ g_Nd.T if "gram" in wants else None,
+        )
+
+    def rows(self, some: slice) -> Tensor:
+        return self.grads[some]
+
+
+@dataclass(frozen=True)
+class Outer(Factor):
+    """g_i = a_i' b_i in each of G groups, (G, p, q), seen as `shape`."""
+
+    a_NGTp: Tensor
+    b_NGTq: Tensor
+    shape: tuple[int, ...]
+
+    def rows(self, some: slice) -> Tensor:
+        return (self.a_NGTp[some].mT @ self.b_NGTq[some]).reshape(-1, *self.shape)
+
+    def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
+        _, groups, positions, p = self.a_NGTp.shape
+        q = self.b_NGTq.shape[3]
+        v_Gpq = None if direction is None else direction.reshape(groups, p, q).to(self.a_NGTp.dtype)
+        if positions == 1:
+            return self._rank_one(wants, v_Gpq)
+        if v_Gpq is None and not wants and positions * (p + q) < p * q:
+            return Statistics(((self.a_NGTp @ self.a_NGTp.mT) * (self.b_NGTq @ self.b_NGTq.mT)).sum((1, 2, 3)))
+        return self._in_blocks(wants, v_Gpq)
+
+    def _rank_one(self, wants: Wants, v_Gpq: Tensor | None) -> Statistics:
+        """One position: |g|^2 = |a|^2 |b|^2, g^2 = a^2 b^2, <g, v> = a v b, <g_i, g_j> = <a_i, a_j> <b_i, b_j>."""
+        a_GNp, b_GNq = self.a_NGTp[:, :, 0].movedim(1, 0), self.b_NGTq[:, :, 0].movedim(1, 0)
+        a2_GNp, b2_GNq = a_GNp.square(), b_GNq.square()
+        return Statistics(
+            (a2_GNp.sum(2) * b2_GNq.sum(2)).sum(0),
+            a2_GNp.mT @ b2_GNq if "second_moment" in wants else None,
+            None if v_Gpq is None else ((a_GNp @ v_Gpq) * b_GNq).sum((0, 2)),
+            ((a_GNp @ a_GNp.mT) * (b_GNq @ b_GNq.mT)).sum(0) if "gram" in wants else None,
+        )
+
+    def _in_blocks(self, wants: Wants, v_Gpq: Tensor | None) -> Statistics:
+        """All examples together, a bounded number of rows of the weight at a time."""
+        n, groups, _, p = self.a_NGTp.shape
+        q = self.b_NGTq.shape[3]
+        norms_N = self.a_NGTp.new_zeros(n)
+        inner_N = None if v_Gpq is None else torch.zeros_like(norms_N)
+        gram_NN = self.a_NGTp.new_zeros(n, n) if "gram" in wants else None
+        squares: list[Tensor] = []
+        for rows in _blocks(p, n * groups * q):
+            g_NGrq = self.a_NGTp[..., rows].mT @ self.b_NGTq
+            g_Nd = g_NGrq.reshape(n, -1)
+            if inner_N is not None and v_Gpq is not None:
+                inner_N += g_Nd @ v_Gpq[:, rows].reshape(-1)
+            if gram_NN is not None:
+                gram_NN += g_Nd @ g_Nd.T
+            g_Nd.square_()
+            norms_N += g_Nd.sum(1)
+            if "second_moment" in wants:
+                squares.append(g_NGrq.sum(0))
+        return Statistics(norms_N, torch.cat(squares, 1) if squares else None, inner_N, gram_NN)
+
+
+@dataclass(frozen=True)
+class Lookup(Factor):
+    """Rows of a table, (V, q): entry u belongs to `example_U`, adds `grads_Uq` to row `row_U` of its gradient."""
+
+    example_U: Tensor
+    row_U: Tensor
+    grads_Uq: Tensor
+    examples: int
+    shape: tuple[int, ...]
+
+    def rows(self, some: slice) -> Tensor:
+        first, last, _ = some.indices(self.examples)
+        mine_U = (self.example_U >= first) & (self.example_U < last)
+        place_U = (self.example_U[mine_U] - first) * self.shape[0] + self.row_U[mine_U]
+        flat = self.grads_Uq.new_zeros((last - first) * self.shape[0], self.shape[1])
+        return flat.index_add_(0, place_U, self.grads_Uq[mine_U]).reshape(last - first, *self.shape)
+
+    def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
+        pair_U, place_U = torch.unique(self.example_U * self.shape[0] + self.row_U, return_inverse=True)
+        example_U, row_U = pair_U // self.shape[0], pair_U % self.shape[0]
+        g_Uq = self.grads_Uq.new_zeros(len(pair_U), self.shape[1]).index_add_(0, place_U, self.grads_Uq)
+        squares_Uq = g_Uq.square()
+        zeros_N = g_Uq.new_zeros(self.examples)
+        squares = inner_N = None
+        if "second_moment" in wants:
+            squares = g_Uq.new_zeros(self.shape).index_add_(0, row_U, squares_Uq)
+        if direction is not None:
+            inner_N = zeros_N.index_add(0, example_U, (g_Uq * direction.reshape(self.shape)[row_U].to(g_Uq)).sum(1))
+        gram_NN = self._gram() if "gram" in wants else None
+        return Statistics(zeros_N.index_add(0, example_U, squares_Uq.sum(1)), squares, inner_N, gram_NN)
+
+    def _gram(self) -> Tensor:
+        gram_NN = self.grads_Uq.new_zeros(self.examples, self.examples)
+        for rows in _blocks(self.shape[0], self.examples * self.shape[1]):
+            mine_U = (self.row_U >= rows.start) & (self.row_U < rows.stop)
+            height = rows.stop - rows.start
+            part = Lookup(
+                self.example_U[mine_U], self.row_U[mine_U] - rows.start, self.grads_Uq[mine_U],
+                self.examples, (height, self.shape[1]),
+            )  # fmt: skip
+            g_Nd = part.rows(slice(None)).reshape(self.examples, -1)
+            gram_NN += g_Nd @ g_Nd.T
+        return gram_NN
+
+
+def _blocks(count: int, each: int) -> Iterator[slice]:
+    """Slices of `count` things of `each` scalars, a bounded number of scalars together."""
+    height = max(1, CHUNK_SCALARS // max(1, each))
+    return (slice(start, min(start + height, count)) for start in range(0, count, height))

@@ -1,0 +1,268 @@
+"""Per-example gradient statistics from one forward and one backward of the whole batch, for any model.
+
+While the backward pass runs, the operation that uses a parameter is met with what it saved (its input) and the gradient
+of its result; per-example gradients are products of these two (`rules`) and are reduced at once, so that no per-example
+gradient of a whole layer is held. Which rows belong to which example, and whether the rules are right for this model,
+is found by backward passes of single examples the first time that a graph is seen; parameters that do not agree, and
+those without a rule, are left to torch.func or to one backward an example.
+
+Shapes: N = examples of one batch, D = trainable scalars.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instruments.objective import Batch, Parts
+from instruments.refusal import Refusal
+from instruments.samples import func_engine, loop_engine
+from instruments.samples.axes import ExampleAxis, Profile, find_axis, profile
+from instruments.samples.factors import Factor
+from instruments.samples.graph import Node, Use, find_uses
+from instruments.samples.independence import Undefined, no_examples, refuse_hidden_parameters
+from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
+from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
+from instruments.samples.rules import RULES, factor
+
+AGREE = {torch.float64: 1e-8, torch.float32: 1e-3}
+COARSE = 5e-2  # of half precision
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a graph: where the examples are in each use's result, and which parameters go elsewhere."""
+
+    axes: tuple[ExampleAxis | None, ...]
+    elsewhere: frozenset[int]
+
+
+def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
+    """One forward and one backward, and, for a graph that was not seen before, three backward passes to check."""
+    with torch.enable_grad(), problem.running():
+        parts = problem.objective.parts(problem.module, batch)
+        if parts.sums_N is None:
+            raise no_examples()
+        if not parts.total.requires_grad:
+            raise Refusal("the loss does not depend on any trained parameter.")
+        uses = find_uses(parts.total.grad_fn, problem.layout.params)
+        key = (parts.examples, tuple((use.index, use.name, use.shape, len(use.chain)) for use in uses))
+        plan, exact = problem.plans.get(key), None
+        if plan is None:
+            plan, exact = _explore(problem, parts, uses)
+        work = _Backward(problem, uses, plan, parts.examples, () if exact is None else tuple(exact))
+        sum_D, found = work.run(parts.total)
+    if exact is not None:
+        plan = replace(plan, elsewhere=frozenset(range(len(problem.layout.params))) - work.agreeing(exact))
+        if bool(torch.isfinite(sum_D).all()):
+            problem.plans[key] = plan
+    for index in plan.elsewhere:
+        found.pop(index, None)
+    whole = BatchMoments.of(problem, _filled(problem, parts.examples, found), sum_D, parts.denominator, "fused")
+    return whole if not plan.elsewhere else _with_others(problem, batch, plan.elsewhere, whole)
+
+
+def _explore(problem: SampleProblem, parts: Parts, uses: Sequence[Use]) -> tuple[Plan, dict[int, list[Tensor | None]]]:
+    """Where the examples are, and the whole gradients of three of them."""
+    n, params = parts.examples, problem.layout.params
+    losses_N = parts.sums_N
+    assert losses_N is not None
+    seen: dict[Node, list[tuple[int, Profile]]] = {use.node: [] for use in uses}
+    exact: dict[int, list[Tensor | None]] = {}
+    for k in sorted({0, n // 2, n - 1}):
+
+        def look(grads: tuple[Tensor | None, ...], k: int, node: Node) -> None:
+            if grads[0] is not None:
+                seen[node].append((k, profile(grads[0], n)))
+
+        handles = [node.register_prehook(lambda grads, k=k, node=node: look(grads, k, node)) for node in seen]
+        try:
+            exact[k] = list(torch.autograd.grad(losses_N[k], params, retain_graph=True, allow_unused=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise Refusal(f"the losses of single examples cannot be differentiated: {error}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+    axes = {node: find_axis(found, n) for node, found in seen.items()}
+    without = {use.index for use in uses if axes[use.node] is None or use.name not in RULES}
+    return Plan(tuple(axes[use.node] for use in uses), frozenset(without)), exact
+
+
+class _Backward:
+    """One backward pass with hooks on the operations that use parameters."""
+
+    def __init__(
+        self, problem: SampleProblem, uses: Sequence[Use], plan: Plan, examples: int, checked: Sequence[int]
+    ) -> None:
+        self._problem, self._examples, self._checked = problem, examples, checked
+        self._by_parameter: dict[int, list[int]] = {}
+        for number, use in enumerate(uses):
+            self._by_parameter.setdefault(use.index, []).append(number)
+        self._uses, self._plan = uses, plan
+        self._factors: dict[int, Factor | None] = {}
+        self._found: dict[int, Statistics] = {}
+        self._rows: dict[int, Tensor] = {}
+        given = problem.direction_D
+        self._given = None if given is None else flat_pieces(problem.layout, given)
+
+    def run(self, total: Tensor) -> tuple[Tensor, dict[int, Statistics]]:
+        """sum g_i over all parameters, and the statistics of those parameters that could be read."""
+        handles, params = [], self._problem.layout.params
+        numbers: dict[Node, list[int]] = {}
+        for number, use in enumerate(self._uses):
+            if use.index not in self._plan.elsewhere:
+                numbers.setdefault(use.node, []).append(number)
+        for node, mine in numbers.items():
+            handles.append(node.register_prehook(lambda grads, mine=mine: self._before(mine, grads)))
+            handles.append(node.register_hook(lambda out, grads, mine=mine: self._after(mine, out)))
+        try:
+            grads = torch.autograd.grad(total, params, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # tensors that may be looked at only once, such as those of a checkpoint
+            raise Refusal(f"this graph cannot be read while it runs backward: {error}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.no_grad():
+            for index, p in enumerate(params):
+                if index not in self._plan.elsewhere and index not in self._found:
+                    self._finish(index, p, grads[index])
+        return self._problem.layout.join(grads), self._found
+
+    @torch.no_grad()
+    def _before(self, mine: Sequence[int], grads: tuple[Tensor | None, ...]) -> None:
+        """The operation is about to run backward: what it saved is still there."""
+        if grads[0] is None:
+            return
+        for number in mine:
+            axis = self._plan.axes[number]
+            assert axis is not None
+            self._factors[number] = factor(self._uses[number], axis, grads[0])
+
+    @torch.no_grad()
+    def _after(self, mine: Sequence[int], out: tuple[Tensor | None, ...]) -> None:
+        """The gradient of the whole batch is there too: a parameter that is used once is done with."""
+        for number in mine:
+            use, made = self._uses[number], self._factors.get(number)
+            if made is None or len(self._by_parameter[use.index]) > 1:
+                continue
+            direction = None
+            if "inner_products" in self._problem.wants:
+                direction = self._direction(use, made, out[use.slot])
+            found = made.statistics(self._problem.wants, direction)
+            self._found[use.index] = use.statistics_to_parameter(found)
+            if self._checked:
+                self._rows[use.index] = self._checked_rows(use.index)
+            del self._factors[number]
+
+    def _direction(self, use: Use, made: Factor, whole: Tensor | None) -> Tensor:
+        if self._given is not None:
+            return use.from_parameter(self._given[use.index].view(self._problem.layout.params[use.index].shape))
+        if whole is not None and tuple(whole.shape) == use.shape and whole.layout is torch.strided:
+            return whole
+        return made.rows(slice(None)).sum(0)
+
+    def _finish(self, index: int, p: Tensor, grad: Tensor | None) -> None:
+        """A parameter that is used several times, or not at all."""
+        numbers = self._by_parameter.get(index, [])
+        made = [self._factors.get(number) for number in numbers]
+        if any(one is None for one in made):
+            return
+        chunk = max(1, CHUNK_SCALARS // p.numel())
+
+        def chunks() -> Iterator[Tensor]:
+            for first in range(0, self._examples, chunk):
+                yield self._sum_of_rows(index, slice(first, min(first + chunk, self._examples)))
+
+        problem = self._problem.only([index])
+        if problem.direction_D is None and "inner_products" in problem.wants:
+            whole_D = problem.layout.join([grad])
+            problem = replace(problem, direction_D=whole_D)
+        self._found[index] = statistics_of_rows(problem, chunks).statistics[0]
+        if self._checked:
+            self._rows[index] = self._checked_rows(index)
+        for number in numbers:
+            del self._factors[number]
+
+    def _checked_rows(self, index: int) -> Tensor:
+        return torch.cat([self._sum_of_rows(index, slice(k, k + 1)) for k in self._checked])
+
+    def _sum_of_rows(self, index: int, some: slice) -> Tensor:
+        """Gradients of some examples by one parameter, all its uses added, (n, d)."""
+        p = self._problem.layout.params[index]
+        rows_nd = p.new_zeros(some.stop - some.start, p.numel())
+        for number in self._by_parameter.get(index, []):
+            made = self._factors[number]
+            assert made is not None
+            rows_nd += self._uses[number].rows_to_parameter(made.rows(some)).to(rows_nd.dtype)
+        return rows_nd
+
+    def agreeing(self, exact: Mapping[int, Sequence[Tensor | None]]) -> frozenset[int]:
+        """Parameters whose gradients of the checked examples are those of the backward passes of these examples."""
+        good = []
+        for index, rows_kd in self._rows.items():
+            p = self._problem.layout.params[index]
+            true = [exact[k][index] for k in self._checked]
+            true_kd = torch.stack([p.new_zeros(p.numel()) if g is None else _flat(g) for g in true])
+            error = (rows_kd - true_kd).norm()
+            scale = true_kd.norm()
+            if not bool(error > AGREE.get(p.dtype, COARSE) * scale + 1e-30):
+                good.append(index)
+        return frozenset(good)
+
+
+def _flat(g: Tensor) -> Tensor:
+    return (g if g.layout is torch.strided else g.to_dense()).reshape(-1)
+
+
+def _filled(problem: SampleProblem, examples: int, found: Mapping[int, Statistics]) -> list[Statistics]:
+    """One entry a parameter; zeros where another engine will put its own."""
+    full = []
+    for index, p in enumerate(problem.layout.params):
+        zeros_N = p.new_zeros(examples)
+        nothing = Statistics(zeros_N, p.new_zeros(p.numel()), zeros_N, p.new_zeros(examples, examples))
+        full.append(found.get(index, nothing))
+    return full
+
+
+def _with_others(problem: SampleProblem, batch: Batch, chosen: frozenset[int], whole: BatchMoments) -> BatchMoments:
+    """The parameters that have no rule, by torch.func or else by one backward an example, put in their places."""
+    part, reasons = problem.only(chosen), []
+    for name, engine in (("torch.func", func_engine.moments), ("loop", loop_engine.moments)):
+        try:
+            other = engine(part, batch)
+            if name != "loop":
+                refuse_hidden_parameters(part, batch, other.sum_D)
+            break
+        except Undefined:
+            raise
+        except Refusal as refusal:
+            reasons.append(f"{name}: {refusal}")
+    else:
+        raise Refusal("no engine could compute per-example gradients. " + " | ".join(reasons))
+    columns = sorted(chosen)
+    if len(columns) == len(problem.layout.params):
+        return other
+    mine_D = torch.cat([torch.full((p.numel(),), i in chosen) for i, p in enumerate(problem.layout.params)])
+    mine_D = mine_D.to(whole.sum_D.device)
+
+    def placed(into: Tensor | None, values: Tensor | None, where: Any) -> Tensor | None:
+        return None if into is None or values is None else into.index_put(where, values)
+
+    rows = torch.arange(len(whole.norms_sq_NL), device=mine_D.device).unsqueeze(1)
+    cells = (rows, torch.tensor(columns, device=mine_D.device))
+    gram_NN = None if whole.gram_NN is None or other.gram_NN is None else whole.gram_NN + other.gram_NN
+    return BatchMoments(
+        whole.norms_sq_NL.index_put(cells, other.norms_sq_NL),
+        whole.sum_D.index_put((mine_D,), other.sum_D),
+        whole.denominator,
+        f"fused; {name} for {len(columns)} of {len(problem.layout.params)} parameters",
+        placed(whole.squares_D, other.squares_D, (mine_D,)),
+        placed(whole.inner_NL, other.inner_NL, cells),
+        gram_NN,
+    )
