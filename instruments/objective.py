@@ -192,3 +192,27 @@ def pooled_loss(objective: Objective, parts: Sequence[Parts]) -> Tensor:
     """The loss of several batches as one."""
     totals, weights = zip(*(addends(objective, p) for p in parts), strict=True)
     return torch.as_tensor(sum(totals) / sum(weights))
+
+
+def losses_by_example(parts: Sequence[Parts]) -> Tensor:
+    """(N,): the loss of each example of several batches, in a unit in which their mean is the loss of all of them.
+
+    Raises Refusal where the user's loss is a single number.
+    """
+    sums = [part.sums_N for part in parts if part.sums_N is not None]
+    if len(sums) < len(parts):
+        raise no_examples()
+    sums_N = torch.cat(sums)
+    return sums_N * (len(sums_N) / sum((part.denominator for part in parts), start=0.0))
+
+
+class Undefined(Refusal):
+    """No example has a loss or a gradient of its own: nobody can help."""
+
+
+def no_examples() -> Undefined:
+    """The refusal of whatever needs single examples of a loss that is one number."""
+    return Undefined(
+        "the loss is a single number, so examples cannot be told apart; "
+        "return losses_N, one loss an example, from the loss function."
+    )

@@ -5,7 +5,7 @@ An instrument does not see the probe but a `View` of it (`instruments.view`).
 Shapes: D = trainable scalars, N = examples of the step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +14,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn, optim
 
+from instruments.activations import Activations, read_activations, run_forward
 from instruments.guard import Buffers, RandomStates, untouched
 from instruments.held import HeldBatches
 from instruments.layout import Layout, total_norm
-from instruments.objective import Batch, Objective, Parts, addends, pooled_loss
+from instruments.line import StepExamples, loss_at, step_examples
+from instruments.objective import Batch, Objective, Parts, addends, losses_by_example, pooled_loss
 from instruments.operators.hessian import HessianOperator, Piece
 from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.refusal import Refusal
 from instruments.running import Mode, running, unwrapped
-from instruments.samples.independence import no_examples
 from instruments.samples.moments import EngineName, SampleMoments, sample_moments
 from instruments.samples.problem import SampleProblem, Want
 from instruments.step_effect import StepEffect, step_effect
@@ -99,6 +100,7 @@ class Probe(AbstractContextManager["Probe"]):
         self._plans = {} if plans is None else plans
         self._moments: SampleMoments | None = None
         self._moments_wants: frozenset[Want] = frozenset()
+        self._known: dict[str, Any] = {}
         self._buffers: Buffers | None = None
 
     def __enter__(self) -> "Probe":
@@ -114,9 +116,10 @@ class Probe(AbstractContextManager["Probe"]):
 
     def __exit__(self, *exc: object) -> None:
         self._release()
-        for cached in ("preconditioner", "unscaled_grads", "_step_parts"):
+        for cached in ("preconditioner", "unscaled_grads"):
             self.__dict__.pop(cached, None)
         self._moments = None
+        self._known.clear()
         self._stack.close()
         self._buffers = None
 
@@ -176,23 +179,33 @@ class Probe(AbstractContextManager["Probe"]):
 
     def example_losses(self, meter: Meter) -> Tensor:
         """(N,): the loss of each example, in a unit in which their mean is the loss of the step."""
-        parts = self._forward(meter)
-        sums = [p.sums_N for p in parts if p.sums_N is not None]
-        if len(sums) < len(parts):
-            raise no_examples()
-        sums_N = torch.cat(sums)
-        return sums_N * (len(sums_N) / sum((p.denominator for p in parts), start=0.0))
+        return losses_by_example(self._forward(meter))
 
     def _forward(self, meter: Meter) -> Sequence[Parts]:
         """The loss of the step's batches by one forward under the step's own masks, no gradient."""
-        if "_step_parts" not in self.__dict__:
-            meter.gradients += 1 / 3
-        return self._step_parts
+        found: Sequence[Parts] = self.once("parts", self._parts, meter, 1 / 3)
+        return found
 
-    @cached_property
-    def _step_parts(self) -> Sequence[Parts]:
+    def _parts(self) -> Sequence[Parts]:
         with torch.no_grad(), self.running(held=False, differentiable=False):
             return [self.objective.parts(self.module, batch) for batch in self.batches]
+
+    def once(self, name: str, compute: Callable[[], Any], meter: Meter, gradients: float) -> Any:
+        """A quantity of this step, computed and billed when it is first asked for."""
+        if name not in self._known:
+            self._known[name] = compute()
+            meter.gradients += gradients
+        return self._known[name]
+
+    def activations(self, meter: Meter) -> Activations:
+        """What the layers give on the step's batches."""
+        found: Activations = self.once("activations", lambda: read_activations(self), meter, 1 / 3)
+        return found
+
+    def forward(self, around: AbstractContextManager[Any], meter: Meter) -> None:
+        """One forward of the step's batches, for what `around` sees of it."""
+        meter.gradients += 1 / 3
+        run_forward(self, around)
 
     def step_loss(self, *, weighted: bool = True) -> tuple[Tensor, bool]:
         """Loss of the step's batches as one, and whether its forward drew random numbers.
@@ -235,12 +248,12 @@ class Probe(AbstractContextManager["Probe"]):
         meter.provenance["engine"] = self._moments.engine
         return self._moments
 
-    def _read_moments(self, wants: frozenset[Want]) -> SampleMoments:
+    def _read_moments(self, wants: frozenset[Want], direction_D: Tensor | None = None) -> SampleMoments:
         def pinned() -> AbstractContextManager[None]:
             return self.running(held=False, differentiable=True)
 
         self._guard()
-        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, plans=self._plans)
+        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, self._plans)
         if self.settings.mode == "eval":
             self.module.eval()
         return sample_moments(problem, self.batches, self.settings.samples)
@@ -269,15 +282,34 @@ class Probe(AbstractContextManager["Probe"]):
     @torch.no_grad()
     def change(self) -> list[Tensor]:
         """What the optimizer's step added to each parameter."""
-        if self._before is None:
-            raise Refusal("the parameters before the step were not kept.")
-        return list(torch._foreach_sub([p.detach() for p in self.layout.params], self._before))
+        return list(torch._foreach_sub([p.detach() for p in self.layout.params], self.before))
 
     def effect(self, meter: Meter) -> StepEffect:
+        found: StepEffect = self.once("effect", lambda: step_effect(self, self.before), meter, 4 / 3)
+        return found
+
+    def loss_at(self, scale: float, meter: Meter) -> Tensor:
+        """Loss of the step's batches at the old parameters plus `scale` times the step."""
+        found: Tensor = self.once(f"loss at {scale!r}", lambda: loss_at(self, self.before, scale), meter, 1 / 3)
+        return found
+
+    def step_examples(self, meter: Meter) -> StepExamples:
+        """The loss at both ends of the step and its slope, by example."""
+        found: StepExamples = self.once("step_examples", lambda: step_examples(self, self.before), meter, 7 / 3)
+        return found
+
+    def inner_products(self, direction_D: Tensor) -> Tensor:
+        """(N,): <g_i, direction> of the examples of the step, whatever the parameters are at this moment."""
+        moments = self._read_moments(frozenset({"inner_products"}), direction_D)
+        assert moments.inner_NL is not None
+        return moments.inner_NL.sum(1)
+
+    @property
+    def before(self) -> list[Tensor]:
+        """The parameters before the step."""
         if self._before is None:
             raise Refusal("the parameters before the step were not kept.")
-        meter.gradients += 4 / 3
-        return step_effect(self, self._before)
+        return self._before
 
     def _around(self, forward: bool) -> AbstractContextManager[None]:
         return self.running(held=True, differentiable=True, forward=forward)

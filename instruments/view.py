@@ -4,15 +4,20 @@ Shapes: D = trainable scalars.
 """
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor, optim
 
+from instruments.activations import Activations
 from instruments.layout import Layout, norms_of
-from instruments.objective import examples_of
+from instruments.line import StepExamples
+from instruments.objective import Batch, examples_of
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
+from instruments.parameter_state import ParameterState, parameter_states
 from instruments.preconditioners import Preconditioner, sharpness_edge
 from instruments.refusal import Refusal
 from instruments.running import processes
@@ -24,12 +29,15 @@ if TYPE_CHECKING:
     from instruments.probe import Probe
 
 Need = Literal[
-    "loss", "example_losses", "gradient", "samples", "second_moment", "inner_products", "gram", "hessian",
-    "preconditioner", "parameters", "change", "update", "groups",
+    "batch", "loss", "example_losses", "gradient", "samples", "second_moment", "inner_products", "gram", "hessian",
+    "preconditioner", "parameters", "groups", "states", "activations", "forward", "change", "update", "line",
+    "step_examples",
 ]  # fmt: skip
 SAMPLES: frozenset[Need] = frozenset({"samples", "second_moment", "inner_products", "gram"})
-AFTER_STEP: frozenset[Need] = frozenset({"change", "update"})
-RUNS_MODEL: frozenset[Need] = SAMPLES | {"example_losses", "hessian", "update"}
+AFTER_STEP: frozenset[Need] = frozenset({"change", "update", "line", "step_examples"})
+RUNS_MODEL: frozenset[Need] = SAMPLES | {
+    "example_losses", "hessian", "activations", "forward", "update", "line", "step_examples"
+}  # fmt: skip
 
 
 @dataclass
@@ -65,7 +73,7 @@ class View:
         """What a reading is about; what cannot be known says so."""
         probe = self._probe
         facts: dict[str, Any] = {"batch": "step", "examples": sum(map(examples_of, probe.batches)) or "unknown"}
-        if "gradient" in self._needs or "preconditioner" in self._needs:
+        if self._needs & {"gradient", "preconditioner", "states"}:
             facts["scaled"] = "no" if probe.loss_scale == 1.0 else f"unscaled from {probe.loss_scale:g}"
             facts["clipped"] = "unknown"
         if self._needs & RUNS_MODEL or ("loss" in self._needs and not probe.loss_given):
@@ -82,6 +90,12 @@ class View:
     def step(self) -> int:
         """Optimizer steps taken before the one that this reading belongs to."""
         return self._probe.step
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """The batches of the step as the user gave them, one unless gradients are accumulated."""
+        self._declared("batch")
+        return self._probe.batches
 
     @property
     def optimizers(self) -> tuple[optim.Optimizer, ...]:
@@ -112,6 +126,29 @@ class View:
         """Norm of what stands in `.grad`, unscaled."""
         self._declared("gradient")
         return self._probe.gradient_norm
+
+    @property
+    def grads(self) -> tuple[Tensor | None, ...]:
+        """What stands in `.grad` of each trained parameter, unscaled; None where there is none."""
+        self._declared("gradient")
+        return self._probe.unscaled_grads
+
+    @property
+    def states(self) -> list[ParameterState]:
+        """What the optimizers keep of each trained parameter, with its gradient and its group."""
+        self._declared("states")
+        return parameter_states(self._probe.optimizers, self._probe.layout, self._probe.unscaled_grads)
+
+    @property
+    def activations(self) -> Activations:
+        """Outputs of the layers on the step's batches, by name; `instruments.activations.OUTPUT` is the model's own."""
+        self._declared("activations")
+        return self._probe.activations(self.meter)
+
+    def forward(self, around: AbstractContextManager[Any]) -> None:
+        """Run model and loss on the step's batches once more, without gradients, inside `around`."""
+        self._declared("forward")
+        self._probe.forward(around, self.meter)
 
     @property
     def moments(self) -> SampleMoments:
@@ -170,10 +207,22 @@ class View:
         return self._probe.layout
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """The trained parameters themselves, in the order of the model, to be read only."""
+        self._declared("parameters")
+        return [p.detach() for p in self._probe.layout.params]
+
+    @property
     def parameter_norms(self) -> Tensor:
         """Norm of each trained parameter tensor, in the order of the model, by one fused pass."""
         self._declared("parameters")
         return norms_of(self._probe.layout.params)
+
+    @property
+    def changes(self) -> list[Tensor]:
+        """What the step added to each parameter; only after the optimizer's step."""
+        self._declared("change")
+        return self._probe.change()
 
     @property
     def update_norms(self) -> Tensor:
@@ -186,6 +235,17 @@ class View:
         """What the step did to the loss of its own batch; only after the optimizer's step."""
         self._declared("update")
         return self._probe.effect(self.meter)
+
+    def loss_at(self, scale: float) -> Tensor:
+        """Loss of the step's batches at the old parameters plus `scale` times the step that was taken."""
+        self._declared("line")
+        return self._probe.loss_at(scale, self.meter)
+
+    @property
+    def step_examples(self) -> StepExamples:
+        """Loss at both ends of the step and its slope along it, by example; only after the optimizer's step."""
+        self._declared("step_examples")
+        return self._probe.step_examples(self.meter)
 
     def _declared(self, need: Need) -> None:
         if need not in self._needs:

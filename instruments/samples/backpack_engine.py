@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instruments.objective import Batch
+from instruments.objective import Batch, no_examples
 from instruments.refusal import Refusal
-from instruments.samples.independence import check_by_half, no_examples
+from instruments.samples.independence import check_by_half
 from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instruments.objective import Batch, Parts
+from instruments.objective import Batch, Parts, Undefined, no_examples
 from instruments.refusal import Refusal
 from instruments.samples import func_engine, loop_engine
 from instruments.samples.axes import ExampleAxis, Profile, find_axis, profile
 from instruments.samples.factors import Factor
 from instruments.samples.graph import Node, Use, find_uses
-from instruments.samples.independence import Undefined, no_examples, refuse_hidden_parameters
+from instruments.samples.independence import refuse_hidden_parameters
 from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
 from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
 from instruments.samples.rules import RULES, factor

@@ -5,22 +5,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from instruments.guard import RandomStates
-from instruments.objective import Batch, FunctionObjective, plain_tree
+from instruments.objective import Batch, FunctionObjective, Undefined, no_examples, plain_tree
 from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-6
-
-
-class Undefined(Refusal):
-    """No example has a gradient of its own: no engine can help."""
-
-
-def no_examples() -> Undefined:
-    return Undefined(
-        "the loss is a single number, so examples cannot be told apart; "
-        "return losses_N, one loss an example, from the loss function."
-    )
 
 
 def refuse_interaction(alone_N: Tensor, together_N: Tensor) -> None:

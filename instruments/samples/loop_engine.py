@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from instruments.objective import Batch
+from instruments.objective import Batch, no_examples
 from instruments.refusal import Refusal
-from instruments.samples.independence import check_by_half, no_examples
+from instruments.samples.independence import check_by_half
 from instruments.samples.problem import BatchMoments, SampleProblem
 from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from instruments.layout import Layout
-from instruments.objective import Batch
+from instruments.objective import Batch, Undefined
 from instruments.refusal import Refusal
 from instruments.samples import backpack_engine, func_engine, fused_engine, loop_engine
-from instruments.samples.independence import Undefined, refuse_hidden_parameters
+from instruments.samples.independence import refuse_hidden_parameters
 from instruments.samples.problem import BatchMoments, Engine, SampleProblem, flat_pieces
 
 EngineName = Literal["auto", "fused", "backpack", "torch.func", "loop"]

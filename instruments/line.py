@@ -1,0 +1,53 @@
+"""The loss along the step that the optimizer took, on the batch that it was taken on.
+
+Shapes: N = examples of the step, D = trainable scalars.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from instruments.objective import losses_by_example
+from instruments.step_effect import exchanged
+
+if TYPE_CHECKING:
+    from instruments.probe import Probe
+
+
+@dataclass(frozen=True)
+class StepExamples:
+    """By example, in a unit in which their means are the loss and its slope: loss before and after the step u, and
+    <g_i, u> at the old parameters."""
+
+    before_N: Tensor
+    after_N: Tensor
+    slope_N: Tensor
+
+
+def loss_at(probe: "Probe", before: Sequence[Tensor], scale: float) -> Tensor:
+    """Loss of the step's batch at the old parameters plus `scale` times the step; one forward."""
+    after = [p.data for p in probe.layout.params]
+    with torch.no_grad():
+        there = torch._foreach_add(list(before), torch._foreach_sub(after, list(before)), alpha=scale)
+        with exchanged(probe.layout.params, there):
+            loss, _ = probe.step_loss()
+    return loss
+
+
+def step_examples(probe: "Probe", before: Sequence[Tensor]) -> StepExamples:
+    """Both ends of the step by example: per-example statistics at the old parameters, a forward at the new ones."""
+    after = [p.data for p in probe.layout.params]
+    u_D = probe.layout.join(torch._foreach_sub(after, list(before)))
+    after_N = _example_losses(probe)
+    with exchanged(probe.layout.params, before):
+        before_N = _example_losses(probe)
+        slope_N = probe.inner_products(u_D)
+    return StepExamples(before_N, after_N, slope_N)
+
+
+def _example_losses(probe: "Probe") -> Tensor:
+    with torch.no_grad(), probe.running(held=False, differentiable=False):
+        return losses_by_example([probe.objective.parts(probe.module, batch) for batch in probe.batches])
