@@ -24,6 +24,8 @@ class ExampleAxis:
 
     def first(self, t: Tensor) -> Tensor:
         """The tensor with the examples as its first dimension, (N, rest); a view where strides allow."""
+        if self.dim == 0 and t.shape[0] == self.examples:
+            return t.reshape(self.examples, 1, 1, *t.shape[1:])
         outer = t.shape[self.dim] // (self.examples * self.inner)
         parts = (outer, self.examples, self.inner)
         split = t.reshape(*t.shape[: self.dim], *parts, *t.shape[self.dim + 1 :])
@@ -34,6 +36,8 @@ class ExampleAxis:
 
         Two tensors that share their leading dimensions get the same order of positions.
         """
+        if self.dim == 0 and t.shape[0] == self.examples * self.inner and t.ndim == kept + 1:
+            return t.reshape(self.examples, self.inner, *t.shape[1:])
         t = self.first(t)
         tail = t.shape[t.ndim - kept :]
         return t.reshape(self.examples, prod(t.shape[1 : t.ndim - kept]), *tail)

@@ -9,7 +9,7 @@ those without a rule, are left to torch.func or to one backward an example.
 Shapes: N = examples of one batch, D = trainable scalars.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,10 @@ from instruments.objective import Batch, Parts, Undefined, no_examples
 from instruments.refusal import Refusal
 from instruments.samples import func_engine, loop_engine
 from instruments.samples.axes import ExampleAxis, Profile, find_axis, profile
-from instruments.samples.factors import Factor
+from instruments.samples.factors import Factor, Together
 from instruments.samples.graph import Node, Use, find_uses
 from instruments.samples.independence import refuse_hidden_parameters
 from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
-from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
 from instruments.samples.rules import RULES, factor
 
 AGREE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -134,7 +133,6 @@ class _Backward:
                     self._finish(index, p, grads[index])
         return self._problem.layout.join(grads), self._found
 
-    @torch.no_grad()
     def _before(self, mine: Sequence[int], grads: tuple[Tensor | None, ...]) -> None:
         """The operation is about to run backward: what it saved is still there."""
         if grads[0] is None:
@@ -144,7 +142,6 @@ class _Backward:
             assert axis is not None
             self._factors[number] = factor(self._uses[number], axis, grads[0])
 
-    @torch.no_grad()
     def _after(self, mine: Sequence[int], out: tuple[Tensor | None, ...]) -> None:
         """The gradient of the whole batch is there too: a parameter that is used once is done with."""
         for number in mine:
@@ -157,7 +154,8 @@ class _Backward:
             found = made.statistics(self._problem.wants, direction)
             self._found[use.index] = use.statistics_to_parameter(found)
             if self._checked:
-                self._rows[use.index] = self._checked_rows(use.index)
+                rows = [use.rows_to_parameter(made.rows(slice(k, k + 1))) for k in self._checked]
+                self._rows[use.index] = torch.cat(rows)
             del self._factors[number]
 
     def _direction(self, use: Use, made: Factor, whole: Tensor | None) -> Tensor:
@@ -170,37 +168,18 @@ class _Backward:
     def _finish(self, index: int, p: Tensor, grad: Tensor | None) -> None:
         """A parameter that is used several times, or not at all."""
         numbers = self._by_parameter.get(index, [])
-        made = [self._factors.get(number) for number in numbers]
-        if any(one is None for one in made):
+        parts = [self._factors.pop(number, None) for number in numbers]
+        present = [part for part in parts if part is not None]
+        if len(present) < len(parts):
             return
-        chunk = max(1, CHUNK_SCALARS // p.numel())
-
-        def chunks() -> Iterator[Tensor]:
-            for first in range(0, self._examples, chunk):
-                yield self._sum_of_rows(index, slice(first, min(first + chunk, self._examples)))
-
-        problem = self._problem.only([index])
-        if problem.direction_D is None and "inner_products" in problem.wants:
-            whole_D = problem.layout.join([grad])
-            problem = replace(problem, direction_D=whole_D)
-        self._found[index] = statistics_of_rows(problem, chunks).statistics[0]
+        made = Together([self._uses[number] for number in numbers], present, self._examples, p)
+        direction = None
+        if "inner_products" in self._problem.wants:
+            whole = torch.zeros_like(p) if grad is None else grad.to_dense()
+            direction = whole if self._given is None else self._given[index]
+        self._found[index] = made.statistics(self._problem.wants, direction)
         if self._checked:
-            self._rows[index] = self._checked_rows(index)
-        for number in numbers:
-            del self._factors[number]
-
-    def _checked_rows(self, index: int) -> Tensor:
-        return torch.cat([self._sum_of_rows(index, slice(k, k + 1)) for k in self._checked])
-
-    def _sum_of_rows(self, index: int, some: slice) -> Tensor:
-        """Gradients of some examples by one parameter, all its uses added, (n, d)."""
-        p = self._problem.layout.params[index]
-        rows_nd = p.new_zeros(some.stop - some.start, p.numel())
-        for number in self._by_parameter.get(index, []):
-            made = self._factors[number]
-            assert made is not None
-            rows_nd += self._uses[number].rows_to_parameter(made.rows(some)).to(rows_nd.dtype)
-        return rows_nd
+            self._rows[index] = torch.cat([made.rows(slice(k, k + 1)).flatten(1) for k in self._checked])
 
     def agreeing(self, exact: Mapping[int, Sequence[Tensor | None]]) -> frozenset[int]:
         """Parameters whose gradients of the checked examples are those of the backward passes of these examples."""
@@ -222,12 +201,12 @@ def _flat(g: Tensor) -> Tensor:
 
 def _filled(problem: SampleProblem, examples: int, found: Mapping[int, Statistics]) -> list[Statistics]:
     """One entry a parameter; zeros where another engine will put its own."""
-    full = []
-    for index, p in enumerate(problem.layout.params):
+
+    def nothing(p: Tensor) -> Statistics:
         zeros_N = p.new_zeros(examples)
-        nothing = Statistics(zeros_N, p.new_zeros(p.numel()), zeros_N, p.new_zeros(examples, examples))
-        full.append(found.get(index, nothing))
-    return full
+        return Statistics(zeros_N, p.new_zeros(p.numel()), zeros_N, p.new_zeros(examples, examples))
+
+    return [found[i] if i in found else nothing(p) for i, p in enumerate(problem.layout.params)]
 
 
 def _with_others(problem: SampleProblem, batch: Batch, chosen: frozenset[int], whole: BatchMoments) -> BatchMoments:

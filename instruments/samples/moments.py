@@ -117,13 +117,15 @@ def _run(problem: SampleProblem, batches: Sequence[Batch], name: str) -> list[Ba
 def _scaled(layout: Layout, parts: Sequence[BatchMoments]) -> SampleMoments:
     """From sums of losses to the loss: g_i by N / denominator, and means over the examples of all batches."""
     denominator = sum((part.denominator for part in parts), start=0.0)
-    norms_sq_NL = torch.cat([part.norms_sq_NL for part in parts])
+    norms_sq_NL = torch.cat([part.norms_sq_NL for part in parts]) if len(parts) > 1 else parts[0].norms_sq_NL
     n = norms_sq_NL.shape[0]
     factor = n / denominator
 
     def total(tensors: Sequence[Tensor | None]) -> Tensor | None:
         present = [t for t in tensors if t is not None]
-        return torch.stack(present).sum(0) if present else None
+        if len(present) < 2:
+            return present[0] if present else None
+        return torch.stack(present).sum(0)
 
     squares_D = total([part.squares_D for part in parts])
     inner = [part.inner_NL for part in parts if part.inner_NL is not None]

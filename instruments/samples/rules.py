@@ -7,15 +7,13 @@ Shapes: N = examples, T = positions of an example, R = rows (examples and positi
 """
 
 from collections.abc import Callable, Mapping
-from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from instruments.samples.axes import ExampleAxis
-from instruments.samples.factors import Direct, Factor, Lookup, Outer
-from instruments.samples.graph import Node, Use
+from instruments.samples.factors import Convolved, Direct, Factor, Lookup, Outer
+from instruments.samples.graph import Use
 
 Rule = Callable[[Use, ExampleAxis, Tensor], Factor | None]
 """(use, where the examples are in the gradient of the result, that gradient) -> factor; None where it does not fit."""
@@ -93,33 +91,12 @@ def convolution(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:
         return None
     if use.slot == 2:
         return Direct(axis.merged(delta.flatten(2).sum(2), 1).sum(1))
-    shape, groups = tuple(node._saved_weight.shape), node._saved_groups
-    narrow, wide = (node._saved_input, delta) if node._saved_transposed else (delta, node._saved_input)
-    count = prod(narrow.shape[2:])
-    windows = patches(wide, shape[2:], node)[:, :, : narrow.shape[2]]
-    for d in range(1, narrow.ndim - 2):
-        windows = windows.narrow(2 + d, 0, narrow.shape[2 + d])
-    rows, channels = windows.shape[:2]
-    apart = windows.reshape(rows, groups, channels // groups, count, prod(shape[2:]))
-    b_RGTq = apart.transpose(2, 3).flatten(3)
-    a_RGTp = narrow.reshape(len(narrow), groups, -1, count).mT
-    return Outer(_positions(axis, a_RGTp), _positions(axis, b_RGTq), use.shape)
-
-
-def patches(x: Tensor, kernel: tuple[int, ...], node: Node) -> Tensor:
-    """Windows of x that each position of the result sees: (R, C, *positions, *kernel), a view of the padded x."""
-    stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
-    x = F.pad(x, [amount for amount in reversed(padding) for _ in range(2)])
-    for d, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + d, gap * (size - 1) + 1, step)[..., ::gap]
-    return x
-
-
-def _positions(axis: ExampleAxis, t_RGTx: Tensor) -> Tensor:
-    """(N, G, T, x): the rows of one example side by side."""
-    t_NRGTx = axis.merged(t_RGTx, 3)
-    n, rows, groups, positions, x = t_NRGTx.shape
-    return t_NRGTx.transpose(1, 2).reshape(n, groups, rows * positions, x)
+    inputs, deltas = (axis.merged(t, t.ndim - 1) for t in (node._saved_input, delta))
+    settings = (
+        node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed,
+        node._saved_output_padding,
+    )  # fmt: skip
+    return Convolved(inputs, deltas, use.shape, node._saved_groups, settings)
 
 
 def embedding(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:
