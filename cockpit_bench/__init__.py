@@ -7,6 +7,8 @@ Everything a user needs is here, by its name; the work is done in the packages `
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cockpit_bench.shadowing import warn_of_shadows
+
 if TYPE_CHECKING:
     from cockpit_bench.bench.runner import run as run
     from cockpit_bench.bench.trial import Trial as Trial
@@ -55,6 +57,9 @@ HOME = {
     "at_least": "workloads",
     "at_most": "workloads",
 }
+
+
+warn_of_shadows()
 
 
 def __getattr__(name: str) -> Any:

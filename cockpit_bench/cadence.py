@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 Cadence = Callable[[int], bool]
+PAY_BACK = 0.75  # the part of the budget that pays for first readings, until they are paid
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,19 @@ def water_level(pool: float, others: Iterable[float]) -> float:
 class Budget:
     """Keeps observation within a share of the training time, and divides that share fairly among the keys.
 
-    The pool is `share` times the training seconds so far. A key's first reading is always allowed. After it a
+    The pool is `share` times the training seconds so far, less `overhead`: the seconds of observation that no key is
+    billed for. A key's first reading is always allowed, and paid back out of what the pool collects later. After it a
     reading must satisfy two rules:
 
     - the key, its first reading included, stays within its fair share of the pool (`water_level`);
-    - all keys, first readings left out, stay within the pool, less what is set aside for keys that were refused
-      and would have spent less even with their reading.
+    - all keys together stay within the pool, less what is set aside for keys that were refused and would have spent
+      less even with their reading. First readings count as much as the part PAY_BACK of the pool can carry.
 
-    The second rule bounds the whole by the pool plus the first readings; fair shares alone would not, because a key
-    may use what others leave and those may then claim it. Setting aside keeps that bound from starving a dear key
-    among cheap ones. None as share means no limit.
+    With F seconds of first readings, the second rule bounds the whole by the larger of the pool and F plus a quarter of
+    the pool: observation returns to its share once the pool reaches 4/3 F, and is within 1.2 times its share when 0.95
+    of the pool reaches F. Fair shares alone would bound nothing, because a key may use what others leave and those may
+    then claim it. Setting aside keeps the bound from starving a dear key among cheap ones, and the last quarter keeps
+    cheap ones alive while dear first readings are paid back. None as share means no limit.
     """
 
     def __init__(self, share: float | None) -> None:
@@ -124,9 +128,11 @@ class Budget:
                 "write 0.05 for five per cent. With another number observation would never or always be paid for"
             )
         self.share = share
+        self.overhead = 0.0
         self._spent: dict[str, float] = {}
         self._first: dict[str, float] = {}
         self._waiting: dict[str, float] = {}
+        self._totals = (0.0, 0.0)  # seconds of first readings, and of all others
 
     @property
     def spent(self) -> Mapping[str, float]:
@@ -137,23 +143,36 @@ class Budget:
         """Whether a reading of that price can be taken now. A refused key is remembered until it pays."""
         if self.share is None or key not in self._spent:
             return True
-        after = self._spent[key] + expected_seconds
-        pool = self.share * training_seconds
-        level = water_level(pool, (spent for other, spent in self._spent.items() if other != key))
-        set_aside = math.fsum(
-            price for other, price in self._waiting.items() if other != key and self._spent[other] + price < after
-        )
-        taken = math.fsum(self._spent.values()) - math.fsum(self._first.values())
-        allowed = after <= level and taken + expected_seconds + set_aside <= pool
+        pool = max(0.0, self.share * training_seconds - self.overhead)
+        allowed = self._within_cap(expected_seconds, pool) and self._fair(key, expected_seconds, pool)
         if not allowed:
             self._waiting[key] = expected_seconds
         return allowed
+
+    def _within_cap(self, seconds: float, pool: float) -> bool:
+        """The second rule, before anything is set aside: asked first because it is cheap and refuses most."""
+        first, later = self._totals
+        return later + min(first, PAY_BACK * pool) + seconds <= pool
+
+    def _fair(self, key: str, seconds: float, pool: float) -> bool:
+        after = self._spent[key] + seconds
+        set_aside = math.fsum(
+            price for other, price in self._waiting.items() if other != key and self._spent[other] + price < after
+        )
+        if not self._within_cap(seconds + set_aside, pool):
+            return False
+        return after <= water_level(pool, (spent for other, spent in self._spent.items() if other != key))
 
     def pay(self, key: str, seconds: float) -> None:
         """Book what a reading took, whether or not it was worth it."""
         self._first.setdefault(key, seconds)
         self._spent[key] = self._spent.get(key, 0.0) + seconds
         self._waiting.pop(key, None)
+        self._add_up()
+
+    def _add_up(self) -> None:
+        first = math.fsum(self._first.values())
+        self._totals = (first, math.fsum(self._spent.values()) - first)
 
     def state_dict(self) -> dict[str, Any]:
         """What was paid, as plain JSON types: a resumed run must not get its first readings free again."""
@@ -164,3 +183,4 @@ class Budget:
         self._spent = dict(state["spent"])
         self._first = dict(state["first"])
         self._waiting = {}
+        self._add_up()

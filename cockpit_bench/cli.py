@@ -47,8 +47,8 @@ def _list(sub: Any) -> None:
     p = sub.add_parser(
         "list",
         help="what there is: workloads, instruments, panels, algorithms",
-        description="List names. Imports no torch and runs nothing.",
-        epilog="example: cockpit-bench list instruments",
+        description="List names; that imports no torch and runs nothing. --prices measures what a panel costs.",
+        epilog="example: cockpit-bench list --prices digits_2c2d --panel full",
     )
     p.add_argument(
         "what",
@@ -56,6 +56,8 @@ def _list(sub: Any) -> None:
         choices=("workloads", "instruments", "panels", "algorithms"),
         help="one kind only (default: all)",
     )
+    p.add_argument("--prices", metavar="WORKLOAD", help="measure a reading of each instrument on one training batch")
+    p.add_argument("--panel", metavar="NAME", help="with --prices: light, standard, full or none (default: standard)")
     p.add_argument("--json", action="store_true", help="machine-readable output on stdout")
 
 

@@ -5,13 +5,18 @@ towards a target. Off-clock time (`observe`, `evaluate`, `log`, `checkpoint`) is
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 TRAINING_BUCKETS = ("data", "forward", "backward", "update", "training")
 OFF_CLOCK_BUCKETS = ("observe", "evaluate", "log", "checkpoint")
 _OTHER = "other"
+T = TypeVar("T")
+
+
+def _no_device() -> None:
+    """The host's own work is done when it is done."""
 
 
 class Bucket:
@@ -44,12 +49,17 @@ class Clock:
     """
 
     def __init__(self, *, sync: Callable[[], None] | None = None, now: Callable[[], float] = time.perf_counter) -> None:
-        self._sync = sync
+        self.sync = sync or _no_device
         self._now = now
         self._accounts: dict[tuple[str, str | None], Bucket] = {}
         self._other = Bucket(self, _OTHER, None)
         self._stack = [self._other]
         self._mark: float | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether time is being counted."""
+        return self._mark is not None
 
     def start(self) -> None:
         """Start, or go on after `stop`. The first bucket does this by itself."""
@@ -69,6 +79,17 @@ class Clock:
         bucket = self._accounts.get((name, key))
         return bucket if bucket is not None else self._open(name, key)
 
+    def timed(self, items: Iterable[T], name: str) -> Iterator[T]:
+        """The items, the time to get each of them billed to a bucket."""
+        iterator = iter(items)
+        while True:
+            with self.bucket(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
     def _open(self, name: str, key: str | None) -> Bucket:
         if name not in TRAINING_BUCKETS + OFF_CLOCK_BUCKETS:
             known = ", ".join(TRAINING_BUCKETS + OFF_CLOCK_BUCKETS)
@@ -86,8 +107,8 @@ class Clock:
     def _enter(self, bucket: Bucket) -> None:
         if self._mark is None:
             self._mark = self._now()
-        if self._sync is not None and bucket.off_clock is not self._stack[-1].off_clock:
-            self._sync()
+        if bucket.off_clock is not self._stack[-1].off_clock:
+            self.sync()
         self._charge()
         self._stack.append(bucket)
 
@@ -99,8 +120,8 @@ class Clock:
                 return  # it was left already, together with a bucket around it
             depth -= 1
         try:
-            if self._sync is not None and stack[depth - 1].off_clock is not stack[-1].off_clock:
-                self._sync()
+            if stack[depth - 1].off_clock is not stack[-1].off_clock:
+                self.sync()
         finally:
             self._charge()
             del stack[depth:]

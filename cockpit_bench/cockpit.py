@@ -17,7 +17,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -29,14 +29,15 @@ from cockpit_bench.cadence import Budget
 from cockpit_bench.clock import Clock
 from cockpit_bench.ending import Ending, last_error, status_of
 from cockpit_bench.observer import Observer
+from cockpit_bench.on_demand import read_now
 from cockpit_bench.panels import assemble, declared
+from cockpit_bench.prices import NOTHING, Prices, price_list
 from cockpit_bench.readout import Readout
 from cockpit_bench.recorder import Recorder
 from cockpit_bench.runlog import Metrics, Outcome, Reading, Record
 from cockpit_bench.runlog.reading import Ending as Status
 from cockpit_bench.sinks import Sink
 from cockpit_bench.step_watch import as_optimizers
-from instruments import catalogue
 from instruments.held import HeldBatches
 from instruments.instrument import Instrument
 from instruments.layout import Layout
@@ -53,7 +54,9 @@ class Cockpit:
     model's forward. `logdir=None` keeps everything in memory. `panel` and `instruments` say what is read and when,
     `probe` which batches curvature is read on, `budget` which share of the training time may be spent. `steps` is the
     planned length of the run: it spreads the readings and gives the ETA. `interactive=True` draws the one updating
-    status line even where the output is not a terminal. `strict=True` raises what would be logged.
+    status line even where the output is not a terminal. `strict=True` raises what would be logged. `parameters`, name
+    patterns as of a shell ("*.lora_*", or several), restricts every reading to the parameters that match one. Of
+    several processes rank 0 alone writes and speaks; all of them read.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Cockpit:
         sinks: Sequence[Sink | Callable[..., None]] | None = None,
         interactive: bool = False,
         strict: bool = False,
+        parameters: str | Sequence[str] | None = None,
         settings: ProbeSettings | None = None,
         enabled: bool = True,
     ) -> None:
@@ -87,7 +91,10 @@ class Cockpit:
                 f"expected accumulate (micro-batches of a step) to be a whole number >= 1, got {accumulate!r}"
             )
         objective, optimizers = as_objective(loss), as_optimizers(optimizer)
-        self._device = Layout.of(unwrapped(model)).device
+        settings = settings or ProbeSettings()
+        if parameters is not None:
+            settings = replace(settings, parameters=parameters)
+        self._device = Layout.of(unwrapped(model), settings.patterns).device
         self.clock = Clock(sync=partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None)
         slots, purse, held = assemble(panel, instruments, steps), Budget(budget), HeldBatches(probe)
         about = {"target": None if target is None else asdict(target), "steps": steps, "instruments": declared(slots)}
@@ -97,9 +104,9 @@ class Cockpit:
         self._readout = Readout(slots, purse, self.clock, self._recorder.write, strict=strict)
         self._observer = Observer(
             model, objective, optimizers, clock=self.clock, readout=self._readout, recorder=self._recorder, held=held,
-            settings=settings or ProbeSettings(), scaler=scaler, accumulate=accumulate, strict=strict,
+            settings=settings, scaler=scaler, accumulate=accumulate, strict=strict,
         )  # fmt: skip
-        self._ending = Ending(target)
+        self._ending, self._steps, self._accumulate = Ending(target), steps, accumulate
         self._closed, self._earlier_error = False, id(last_error())
         self._exit = partial(_close_at_exit, weakref.ref(self))
         atexit.register(self._exit)
@@ -127,17 +134,7 @@ class Cockpit:
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """The loader's batches; the time it takes to get each is billed to the data bucket."""
-        if not self.enabled:
-            yield from loader
-            return
-        iterator = iter(loader)
-        while True:
-            with self.clock.bucket("data"):
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-            yield batch
+        return self.clock.timed(loader, "data") if self.enabled else iter(loader)
 
     @contextmanager
     def evaluating(self) -> Iterator[Callable[..., None]]:
@@ -185,18 +182,18 @@ class Cockpit:
         """
         if not self.enabled:
             return Reading(str(instrument), 0, 0.0, "skipped", reason="the cockpit is switched off")
-        label = instrument if isinstance(instrument, str) else type(instrument).__name__
-        known = {s.label: s.instrument for s in self._readout.stations}
-        found = known.get(label) or (catalogue.make(instrument) if isinstance(instrument, str) else instrument)
         with self.clock.bucket("observe"):
-            try:
-                probe = self._observer.probe_now(batch)
-            except ValueError as error:
-                return self._readout.refuse(label, self.step, str(error))
-            if probe is None:
-                return self._readout.refuse(label, self.step, "no batch was observed yet; pass batch=...")
-            with probe:
-                return self._readout.take_now(label, found, probe, fresh=batch is not None)
+            return read_now(self._observer, self._readout, instrument, batch)
+
+    def prices(self, batch: Batch | None = None) -> Prices:
+        """What one reading of each instrument costs, really measured, on this training batch or on the last one.
+
+        Nothing is logged, paid or remembered, and training is not touched: a preview for before the first step, or a
+        look in between. ValueError without a batch when none was observed yet. `Prices` says what is in the figures.
+        """
+        if not self.enabled:
+            return NOTHING
+        return price_list(self._observer, self._readout, self.clock, batch, self._steps, self._accumulate)
 
     def plot(self) -> Any:
         """The panel picture of the run so far, a matplotlib Figure (a notebook shows it); None when switched off."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cockpit_bench.clip_watch import GradientMark
 from instruments.objective import Batch
 
 
@@ -24,7 +25,7 @@ class LoopState:
     version: int = 0
     layers: tuple[str, ...] = ()
     stepped: set[int] = field(default_factory=set)
-    norm: Tensor | None = None
+    mark: GradientMark | None = None
     pending: tuple[Any, list[Any]] | None = None
     _troubles: set[str] = field(default_factory=set)
 
@@ -60,4 +61,4 @@ class LoopState:
 
     def _reset(self) -> None:
         self.batches, self.observed, self.stepped = [], False, set()
-        self.norm, self.pending = None, None
+        self.mark, self.pending = None, None

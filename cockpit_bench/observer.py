@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn, optim
 
+from cockpit_bench.clip_watch import GradientMark
 from cockpit_bench.clock import Bucket, Clock
 from cockpit_bench.loop_state import LoopState
 from cockpit_bench.readout import Readout, Station
@@ -14,15 +14,12 @@ from cockpit_bench.runlog import Event
 from cockpit_bench.step_watch import StepWatch
 from instruments.gradient_match import compare_gradient
 from instruments.held import HeldBatches, is_empty
-from instruments.layout import Layout, total_norm
 from instruments.loss_scale import loss_scale, skipped_inside
 from instruments.objective import Batch, Objective
 from instruments.probe import Probe, ProbeSettings
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
 from instruments.view import AFTER_STEP, RUNS_MODEL
-
-CLIP_TOLERANCE = 1e-3
 
 
 class Observer:
@@ -48,6 +45,7 @@ class Observer:
         strict: bool,
     ) -> None:
         self._model, self._objective, self._optimizers = model, objective, optimizers
+        self._module = unwrapped(model)
         self._clock, self._readout, self._recorder, self.held = clock, readout, recorder, held
         self._settings, self._scaler, self._accumulate, self._strict = settings, scaler, accumulate, strict
         self.loop = LoopState()
@@ -74,7 +72,10 @@ class Observer:
             self.held.offer(loop.batches)
         due = self._readout.due(loop.step)
         if due:
-            self._read_before_step(self._readout.payable(due, loop.step))
+            self._readout.budget.overhead = self._clock.bucket("observe").seconds  # what is billed to no instrument
+            payable = self._readout.payable(due, loop.step)
+            if payable:
+                self._read_before_step(payable)
 
     def _read_before_step(self, stations: list[Station]) -> None:
         loop = self.loop
@@ -93,7 +94,7 @@ class Observer:
                 if not station.instrument.needs & AFTER_STEP:
                     self._readout.take(station, probe)
             if "gradient" in needs and any(g is not None for g in probe.grads):
-                loop.norm = probe.gradient_norm
+                loop.mark = GradientMark.of(probe.layout.params, probe.gradient_norm, probe.loss_scale)
         later = [s for s in stations if s.instrument.needs & AFTER_STEP]
         if later:
             probe.remember()
@@ -102,7 +103,7 @@ class Observer:
     def step_begins(self, optimizer: optim.Optimizer) -> None:
         """Hook: an optimizer's step starts."""
         self.loop.stepping = True
-        if self.loop.norm is not None:
+        if self.loop.mark is not None:
             with self._clock.bucket("observe"):
                 self._look_for_clip()
         if self._update is None:
@@ -129,10 +130,10 @@ class Observer:
 
     def close_step(self) -> None:
         """Read what needs the parameters after the step, and count it."""
-        with self._clock.bucket("observe"):
-            if self.loop.pending is not None:
+        if self.loop.pending is not None:
+            with self._clock.bucket("observe"):
                 self._read_after_step(*self.loop.pending)
-            self.loop.next_step()
+        self.loop.next_step()
 
     def _read_after_step(self, probe: Probe, stations: Iterable[Station]) -> None:
         try:
@@ -237,24 +238,22 @@ class Observer:
         self.event(name, reason=match.reason, cosine=match.cosine, ratio=match.ratio)
 
     def _look_for_clip(self) -> None:
-        """The norm at observe against the norm now: did the user clip in between?"""
-        before, self.loop.norm = self.loop.norm, None
+        """Did the user clip between observe and now? Compared once a step, by the first optimizer that steps."""
+        mark, self.loop.mark = self.loop.mark, None
+        assert mark is not None
         try:
-            grads = [p.grad for p in Layout.of(unwrapped(self._model)).params]
-            after = total_norm(grads) / loss_scale(self._scaler, self._optimizers)
+            norms = mark.clipped(loss_scale(self._scaler, self._optimizers))
         except Refusal:
             return
         except Exception as error:
             self.trouble(error)
             return
-        assert before is not None
-        norms = torch.stack([before, after.to(before)]).tolist()
-        if norms[1] < norms[0] * (1 - CLIP_TOLERANCE):
+        if norms is not None:
             self.event("clip", before=norms[0], after=norms[1])
 
     def _version(self) -> int:
         """Changes when an optimizer writes to the first trained parameter."""
-        return next((p._version for p in unwrapped(self._model).parameters() if p.requires_grad), 0)
+        return next((p._version for p in self._module.parameters() if p.requires_grad), 0)
 
     def _one_number(self, loss: Tensor | float | None) -> Tensor | float | None:
         """The loss, or None with an event when it is not one number."""

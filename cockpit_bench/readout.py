@@ -70,7 +70,7 @@ class Readout:
         self.stations = [Station(slot) for slot in slots]
         if any("samples" in station.instrument.needs for station in self.stations):
             backpack_engine.preload()
-        self._budget, self._clock, self._emit, self._strict = budget, clock, emit, strict
+        self.budget, self._clock, self._emit, self._strict = budget, clock, emit, strict
 
     def due(self, step: int) -> list[Station]:
         """Stations to be read at this step, in the order of the panel. Their cadence is asked once a step."""
@@ -80,9 +80,7 @@ class Readout:
         """Those that the budget affords; the others are logged as skipped, once a stretch."""
         chosen = []
         for station in stations:
-            if station.price == 0 or self._budget.affords(
-                station.label, station.expected_seconds, self._clock.training
-            ):
+            if station.price == 0 or self.budget.affords(station.label, station.expected_seconds, self._clock.training):
                 chosen.append(station)
                 continue
             station.skipped += 1
@@ -97,7 +95,7 @@ class Readout:
         with self._clock.bucket("observe", key=station.label):
             reading, error = self._reading(station, probe)
             seconds = reading.cost["seconds"]
-            self._budget.pay(station.label, seconds)
+            self.budget.pay(station.label, seconds)
             station.expected_seconds = seconds
             if error is not None:
                 self._failed(station, reading, error)
@@ -179,13 +177,13 @@ class Readout:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "budget": self._budget.state_dict(),
+            "budget": self.budget.state_dict(),
             "stations": {station.label: station.state_dict() for station in self.stations},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Stations that the checkpoint does not know start afresh."""
-        self._budget.load_state_dict(state["budget"])
+        self.budget.load_state_dict(state["budget"])
         for station in self.stations:
             saved = state["stations"].get(station.label)
             if saved is not None:

@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cockpit_bench.clock import Clock
 from cockpit_bench.environment import environment
+from cockpit_bench.ranks import this_process
 from cockpit_bench.runlog import Event, LogWriter, Outcome, Record, Run, RunFolder, new_header, read_run
 from cockpit_bench.sinks import CallbackSink, ConsoleSink, Fanout, JsonlSink, MemorySink, Sink, TensorBoardSink
 from workloads.target import Target
@@ -20,6 +22,9 @@ class Recorder:
 
     A resumed run says from which step on its earlier records no longer count; that is known at its first record, after
     a checkpoint may have been loaded, so what depends on it is opened there.
+
+    Of several processes that train together only rank 0 writes: the others keep their records in memory, and neither
+    folder, console nor the user's own sinks hear of them.
     """
 
     def __init__(
@@ -34,6 +39,10 @@ class Recorder:
         interactive: bool,
         about: Mapping[str, Any],
     ) -> None:
+        process = this_process()
+        if not process.writes:
+            logdir, sinks = None, []
+        about = {**about, "process": asdict(process)}
         self.memory = MemorySink(KEPT_IN_MEMORY)
         self._clock, self._about, self._begun, self._closed = clock, about, False, False
         self.from_step = 0  # of the checkpoint that a resumed run goes on from
@@ -41,7 +50,8 @@ class Recorder:
         self._resumed = self.folder is not None and self.folder.log_path.exists()
         own: list[Sink] = [self.memory]
         if sinks is None:
-            own.append(ConsoleSink(target=target, steps=steps, interactive=interactive))
+            place = None if self.folder is None else str(self.folder.path)
+            own.append(ConsoleSink(target=target, steps=steps, interactive=interactive, folder=place))
         own += [s if isinstance(s, Sink) else CallbackSink(s) for s in sinks or ()]
         if self.folder is not None:  # last: a folder with a log in it is a run, and there is none if this fails before
             self.folder.write_environment(environment())

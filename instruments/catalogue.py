@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from instruments.instrument import Instrument
 
-FAMILIES = ("batch", "curvature", "gradient", "network", "step")
+FAMILIES = ("batch", "curvature", "gradient", "network", "optimizer", "step")
 GROUP = "cockpit_bench.instruments"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from instruments.view import Need, View
 
-Kind = Literal["scalar", "per-group", "per-layer", "histogram", "spectrum"]
+Kind = Literal["scalar", "per-group", "per-layer", "per-module", "histogram", "spectrum"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Output:
     """One declared value of an instrument.
 
     `unit` is "1" for a pure number. `kind` decides how the value is drawn and tagged: a scalar is a curve, a per-group
-    value one curve a parameter group. `edge` is a value that means something by itself (1 for rho) and is drawn as a
-    line.
+    value one curve a parameter group, a per-layer value one a trained parameter tensor, a per-module value one a
+    module, whose names stand in `view.meter.provenance["modules"]`. `edge` is a value that means something by itself
+    (1 for rho) and is drawn as a line.
     """
 
     unit: str

@@ -108,7 +108,7 @@ def norms_of(tensors: Sequence[Tensor]) -> Tensor:
 def _pieces(t: Tensor) -> Sequence[Tensor]:
     if t.device.type != "cpu" or t.numel() <= PIECE:
         return [t]
-    return t.split(max(1, PIECE * len(t) // t.numel()))
+    return torch.split(t, max(1, PIECE * len(t) // t.numel()))
 
 
 def _joined(norms: Sequence[Tensor]) -> Tensor:

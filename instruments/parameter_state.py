@@ -27,7 +27,7 @@ def parameter_states(
     optimizers: Sequence[optim.Optimizer], layout: Layout, grads: Sequence[Tensor | None]
 ) -> list[ParameterState]:
     """In the order of the layout; parameters that no optimizer holds are left out."""
-    held: dict[int, tuple[optim.Optimizer, Mapping[str, Any], int]] = {}
+    held: dict[int, tuple[optim.Optimizer, dict[str, Any], int]] = {}
     number = 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:

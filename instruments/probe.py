@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn, optim
 
 from instruments.activations import Activations, read_activations, run_forward
+from instruments.curvatures import Curvatures
 from instruments.guard import Buffers, RandomStates, untouched
 from instruments.held import HeldBatches
 from instruments.layout import Layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
-from instruments.objective import Batch, Objective, Parts, addends, losses_by_example, pooled_loss
-from instruments.operators.hessian import HessianOperator, Piece
+from instruments.objective import Batch, Objective, Parts, losses_by_example, pooled_loss
 from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.refusal import Refusal
 from instruments.running import Mode, running, unwrapped
@@ -61,7 +61,7 @@ class Probe(AbstractContextManager["Probe"]):
     """One step of training: use inside `with probe:`, after backward and before (or after) the optimizer's step.
 
     `expected` names what the instruments of this step need, so that it is computed in one pass; `plans` is what
-    the engines of per-example statistics remember of the model from step to step.
+    is remembered of the model from step to step: what was checked once and need not be checked again.
 
     Inside the `with`, `.grad`, buffers, random states and modes are out of reach of what is measured
     (`instruments.guard`); on leaving it graphs are freed and everything is as before.
@@ -94,10 +94,10 @@ class Probe(AbstractContextManager["Probe"]):
         self.layout = Layout.of(self.module, self.settings.patterns)
         self.grads: tuple[Tensor | None, ...] = tuple(p.grad for p in self.layout.params)
         self._before: list[Tensor] | None = None
-        self._hessian: HessianOperator | None = None
+        self.curvatures = Curvatures(self)
         self._stack, self._guarded = ExitStack(), guarded
         self._expected: frozenset[Any] = expected & frozenset(get_args(Want))
-        self._plans = {} if plans is None else plans
+        self.plans = {} if plans is None else plans
         self._moments: SampleMoments | None = None
         self._moments_wants: frozenset[Want] = frozenset()
         self._known: dict[str, Any] = {}
@@ -114,8 +114,14 @@ class Probe(AbstractContextManager["Probe"]):
             self._buffers = self._stack.enter_context(untouched(self.module))
         return self._buffers
 
+    def prepare(self) -> None:
+        """Guarded, and in the mode of the settings: what engines look at before they run the model."""
+        self._guard()
+        if self.settings.mode == "eval":
+            self.module.eval()
+
     def __exit__(self, *exc: object) -> None:
-        self._release()
+        self.curvatures.release()
         for cached in ("preconditioner", "unscaled_grads"):
             self.__dict__.pop(cached, None)
         self._moments = None
@@ -123,14 +129,9 @@ class Probe(AbstractContextManager["Probe"]):
         self._stack.close()
         self._buffers = None
 
-    def _release(self) -> None:
-        if self._hessian is not None:
-            self._hessian.release()
-            self._hessian = None
-
     def shrink(self) -> bool:
         """Read curvature on less, after running out of memory. False when there is nothing left to give up."""
-        self._release()
+        self.curvatures.release()
         return self.held.shrink()
 
     @cached_property
@@ -252,28 +253,9 @@ class Probe(AbstractContextManager["Probe"]):
         def pinned() -> AbstractContextManager[None]:
             return self.running(held=False, differentiable=True)
 
-        self._guard()
-        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, self._plans)
-        if self.settings.mode == "eval":
-            self.module.eval()
+        self.prepare()
+        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, self.plans)
         return sample_moments(problem, self.batches, self.settings.samples)
-
-    def hessian(self, meter: Meter) -> HessianOperator:
-        """The Hessian of the loss on the held batches. Out of memory: graphs are rebuilt, then batches are dropped."""
-        while self._hessian is None:
-            pieces = [self._piece(batch) for batch in self.held.batches]
-            try:
-                self._hessian = HessianOperator(
-                    pieces, self.layout, keep_graphs=self.held.keep_graphs, context=self._around
-                )
-                meter.gradients += float(self.held.keep_graphs)
-            except torch.OutOfMemoryError as error:
-                if not self.held.shrink():
-                    raise Refusal(f"out of memory with a single probe batch: {error}") from error
-        meter.provenance.update(
-            batch=self.held.label, examples=self.held.examples or "unknown", route=self._hessian.route
-        )
-        return self._hessian
 
     @cached_property
     def preconditioner(self) -> Preconditioner:
@@ -310,9 +292,3 @@ class Probe(AbstractContextManager["Probe"]):
         if self._before is None:
             raise Refusal("the parameters before the step were not kept.")
         return self._before
-
-    def _around(self, forward: bool) -> AbstractContextManager[None]:
-        return self.running(held=True, differentiable=True, forward=forward)
-
-    def _piece(self, batch: Batch) -> Piece:
-        return lambda: addends(self.objective, self.objective.parts(self.module, batch))

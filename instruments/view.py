@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 
 Need = Literal[
     "batch", "loss", "example_losses", "gradient", "samples", "second_moment", "inner_products", "gram", "hessian",
-    "preconditioner", "parameters", "groups", "states", "activations", "forward", "change", "update", "line",
-    "step_examples",
+    "gauss_newton", "fisher", "drawn_fisher", "preconditioner", "parameters", "groups", "states", "activations",
+    "forward", "change", "update", "line", "step_examples",
 ]  # fmt: skip
 SAMPLES: frozenset[Need] = frozenset({"samples", "second_moment", "inner_products", "gram"})
+CURVATURES: frozenset[Need] = frozenset({"hessian", "gauss_newton", "fisher", "drawn_fisher"})
 AFTER_STEP: frozenset[Need] = frozenset({"change", "update", "line", "step_examples"})
-RUNS_MODEL: frozenset[Need] = SAMPLES | {
-    "example_losses", "hessian", "activations", "forward", "update", "line", "step_examples"
-}  # fmt: skip
+RUNS_MODEL: frozenset[Need] = (
+    SAMPLES | CURVATURES | {"example_losses", "activations", "forward", "update", "line", "step_examples"}
+)
 
 
 @dataclass
@@ -59,7 +60,11 @@ class _Counted(Operator):
 
     def matvec(self, v_D: Tensor) -> Tensor:
         self._meter.products += 1
-        return self._operator.matvec(v_D)
+        product_D = self._operator.matvec(v_D)
+        self._meter.provenance["route"] = self._operator.route  # which may have changed on the way
+        if (error := getattr(self._operator, "error", None)) is not None:
+            self._meter.provenance["product_error"] = error
+        return product_D
 
 
 class View:
@@ -164,13 +169,31 @@ class View:
     def hessian(self) -> Operator:
         """Hessian of the training loss on the held batches."""
         self._declared("hessian")
-        return _Counted(self._probe.hessian(self.meter), self.meter)
+        return _Counted(self._probe.curvatures.hessian(self.meter), self.meter)
+
+    @property
+    def gauss_newton(self) -> Operator:
+        """Gauss-Newton matrix of the training loss on the held batches: positive semidefinite for convex losses."""
+        self._declared("gauss_newton")
+        return _Counted(self._probe.curvatures.gauss_newton(self.meter), self.meter)
+
+    @property
+    def fisher(self) -> Operator:
+        """Empirical Fisher on the held batches: mean of g_i g_i', uncentred."""
+        self._declared("fisher")
+        return _Counted(self._probe.curvatures.fisher(self.meter), self.meter)
+
+    @property
+    def drawn_fisher(self) -> Operator:
+        """Fisher on the held batches with targets drawn from the model's own predictions, anew at every step."""
+        self._declared("drawn_fisher")
+        return _Counted(self._probe.curvatures.fisher(self.meter, seed=self._probe.step), self.meter)
 
     @property
     def gradient_D(self) -> Tensor:
         """Gradient of the loss on the held batches, shape (D,): free where the Hessian's graph is kept."""
         self._declared("hessian")
-        return self._probe.hessian(self.meter).gradient_D
+        return self._probe.curvatures.hessian(self.meter).gradient_D
 
     @property
     def preconditioner(self) -> Preconditioner:
@@ -196,7 +219,7 @@ class View:
         """
         self._declared("hessian")
         p = self.preconditioner
-        hessian = _Counted(self._probe.hessian(self.meter), self.meter)
+        hessian = _Counted(self._probe.curvatures.hessian(self.meter), self.meter)
         factor = self._probe.gradient_factor
         if factor != 1.0:
             self.meter.provenance["gradient_factor"] = factor

@@ -115,7 +115,7 @@ class TrialRun:
         self.batches = workload.batches(data, generator=torch.Generator().manual_seed(trial.seed))
         self.cockpit = Cockpit(
             model, self.optimizer, loss=workload.loss, logdir=folder, panel=trial.panel, budget=None,
-            target=self.target, steps=trial.steps, probe=self._probe_batches(), sinks=sinks,
+            target=self.target, steps=trial.steps, probe=probe_batches(workload, data), sinks=sinks,
         )  # fmt: skip
         self.cockpit.write_text("trial.toml", trial.to_toml())
         self.cockpit.event("trial", **{name: value for name, value in asdict(trial).items() if value is not None})
@@ -162,9 +162,10 @@ class TrialRun:
         with self.cockpit.evaluating() as log:
             log(**self.plan.workload.evaluate(self.model, self.data.valid))
 
-    def _probe_batches(self) -> list[tuple[Tensor, ...]]:
-        """Two batches of training examples, together four training batches and at most 512, the same for every seed."""
-        generator = torch.Generator().manual_seed(PROBE_SEED)
-        examples = min(PROBE_BATCHES * self.plan.workload.batch_size, EXAMPLES, len(self.data.train[0]))
-        source = replace(self.plan.workload, batch_size=max(1, examples // 2))
-        return list(islice(source.batches(self.data, generator=generator), 2))
+
+def probe_batches(workload: Workload, data: Data) -> list[tuple[Tensor, ...]]:
+    """Two batches of training examples, together four training batches and at most 512, the same for every seed."""
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    examples = min(PROBE_BATCHES * workload.batch_size, EXAMPLES, len(data.train[0]))
+    source = replace(workload, batch_size=max(1, examples // 2))
+    return list(islice(source.batches(data, generator=generator), 2))

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from cockpit_bench.bench.comparison import Group
 from cockpit_bench.plots.curves import edge
 from cockpit_bench.plots.panel import DPI, WIDTH
-from cockpit_bench.plots.style import CYCLE, nothing, prepare
+from cockpit_bench.plots.style import CYCLE, legend, log_ticks, nothing, prepare
 from cockpit_bench.runlog import Run, Series
 
+KEYS_WIDTH = 80  # characters over an axis
 RHO = "curvature/preconditioned_sharpness"
 
 
@@ -66,4 +67,5 @@ def _finish(by_steps: Any, by_seconds: Any, rho: Any, target: float | None) -> N
             edge(ax, 1.0, "edge of stability")
         elif target is not None:
             edge(ax, target, "target")
-        ax.legend(fontsize=8, frameon=False)
+        log_ticks(ax)
+        legend(ax, width=KEYS_WIDTH)

@@ -1,4 +1,4 @@
-"""Scalars over steps: values with gaps where they are not finite, bands of doubt, marks for what was not read."""
+"""Values over steps: gaps where they are not finite, bands of doubt, marks for what was not read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,53 +6,59 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cockpit_bench.plots.style import FAINT, INK, ORANGE, RED
+from cockpit_bench.plots.style import FAINT, INK, NOTE_SIZE, ORANGE, RED
 from cockpit_bench.runlog import Series
 
 MANY = 60  # points from which on a curve is drawn without markers
+MARKS = {  # what was due and cannot be drawn: marker, colour, what the panel's key says
+    "skipped": ("|", FAINT, "skipped: over the budget"),
+    "failed": ("x", RED, "failed: the log has the reason"),
+    "no finite value": ("v", ORANGE, "no value: NaN, infinite, or not positive on a log axis"),
+}
 Floats = npt.NDArray[np.float64]
+Steps = npt.NDArray[np.int64]
 
 
 def scalar(ax: Any, series: Series, colour: str, label: str, *, positive: bool = False) -> bool:
     """One output as a curve; False when no value of it can be drawn.
 
-    Skipped readings are left out of the curve; a value that is NaN, infinite or, on a logarithmic axis, not positive is
-    a gap. A standard error is a band of one of them to each side.
+    Skipped and failed readings are left out of the curve; a value that is NaN, infinite or, on a logarithmic axis, not
+    positive is a gap. A standard error is a band of one of them to each side.
     """
     values = np.asarray(series.values, dtype=np.float64)
     read = series.status == "ok"
     steps, values, stderr = series.steps[read], values[read], series.stderr[read]
-    shown = np.isfinite(values) & ((values > 0) | (not positive))
+    shown = drawable(values, positive=positive)
     mark_missing(ax, series, steps[~shown])
     if not shown.any():
         return False
     y = np.where(shown, values, np.nan)
-    alone = np.count_nonzero(shown) <= MANY
-    ax.plot(steps, y, color=colour, linewidth=1.4, label=label, marker="o" if alone else None, markersize=2.5)
+    ax.plot(steps, y, color=colour, linewidth=1.4, label=label, **_marker(shown))
     certain = np.isfinite(stderr) & shown
     if certain.any():
         low = np.where(certain, y - stderr, np.nan)
         floor = np.nanmin(y) / 2 if positive else -np.inf
-        ax.fill_between(
-            steps, np.maximum(low, floor), np.where(certain, y + stderr, np.nan), color=colour, alpha=0.2, lw=0
-        )
+        high = np.where(certain, y + stderr, np.nan)
+        ax.fill_between(steps, np.maximum(low, floor), high, color=colour, alpha=0.2, lw=0)
     return True
 
 
 def smooth(ax: Any, series: Series, colour: str, label: str, *, positive: bool = False) -> bool:
     """A noisy curve: the values faint, and their running median over a fiftieth of the run on top."""
     values = np.asarray(series.values, dtype=np.float64)
-    shown = np.isfinite(values) & ((values > 0) | (not positive)) & (series.status == "ok")
-    mark_missing(ax, series, series.steps[(series.status == "ok") & ~shown])
+    read = series.status == "ok"
+    steps, values = series.steps[read], values[read]
+    shown = drawable(values, positive=positive)
+    mark_missing(ax, series, steps[~shown])
     if not shown.any():
         return False
-    width = max(1, len(values) // 50)
+    width = len(values) // 50
     y = np.where(shown, values, np.nan)
     if width < 3:
-        ax.plot(series.steps, y, color=colour, linewidth=1.4, label=label)
+        ax.plot(steps, y, color=colour, linewidth=1.4, label=label, **_marker(shown))
         return True
-    ax.plot(series.steps, y, color=colour, linewidth=0.6, alpha=0.35)
-    ax.plot(series.steps, running_median(y, width), color=colour, linewidth=1.6, label=label)
+    ax.plot(steps, y, color=colour, linewidth=0.6, alpha=0.35)
+    ax.plot(steps, running_median(y, width), color=colour, linewidth=1.6, label=label, **_marker(shown))
     return True
 
 
@@ -66,35 +72,62 @@ def running_median(y: Floats, width: int) -> Floats:
     return np.where(np.isfinite(y), filled, np.nan)
 
 
-def mark_missing(ax: Any, series: Series, not_drawn: npt.NDArray[np.int64]) -> None:
-    """Ticks at the foot: skipped (hollow), failed (cross), read but not drawable (dot)."""
-    foot = ax.get_xaxis_transform()
-    kinds: Sequence[tuple[npt.NDArray[np.int64], str, str, str]] = (
-        (series.steps[series.status == "skipped"], "|", FAINT, "skipped"),
-        (series.steps[series.status == "failed"], "x", RED, "failed"),
-        (not_drawn, "|", ORANGE, "no finite value"),
-    )
-    for steps, marker, colour, label in kinds:
+def drawable(values: Floats, *, positive: bool) -> npt.NDArray[np.bool_]:
+    """Finite, and above zero where the axis is logarithmic."""
+    with np.errstate(invalid="ignore"):
+        return np.isfinite(values) & ((values > 0) | (not positive))
+
+
+def mark_missing(ax: Any, series: Series, not_drawn: Steps) -> None:
+    """Marks at the foot of the axis, explained by `MARKS`, not by the legend."""
+    steps_of = {
+        "skipped": series.steps[series.status == "skipped"],
+        "failed": series.steps[series.status == "failed"],
+        "no finite value": not_drawn,
+    }
+    for name, steps in steps_of.items():
         if len(steps):
-            known = {text.get_label() for text in ax.collections}
-            name = label if label not in known else "_" + label
-            ax.scatter(steps, np.full(len(steps), 0.02), marker=marker, s=18, color=colour, transform=foot, label=name)
+            marker, colour, _ = MARKS[name]
+            foot = np.full(len(steps), 0.025)
+            drawn = ax.scatter(steps, foot, marker=marker, s=18, color=colour, transform=ax.get_xaxis_transform())
+            drawn.set_gid(name)
 
 
-def limit(ax: Any, columns: Sequence[Floats], edge: tuple[float, str] | None) -> None:
-    """Keep a few outliers from flattening the rest: the axis shows the middle 96 % and the edge, and says so."""
+def marks_in(axes: Sequence[Any]) -> list[str]:
+    """The kinds of marks that these axes have."""
+    found = {drawn.get_gid() for ax in axes for drawn in ax.collections}
+    return [name for name in MARKS if name in found]
+
+
+def limit(ax: Any, columns: Sequence[Floats], edge: float | None) -> None:
+    """Keep a few outliers from flattening the rest: the axis shows the middle 90 % and the edge, and says so."""
     values = np.concatenate([column[np.isfinite(column)] for column in columns])
-    low, high = np.percentile(values, [2, 98])
+    low, high = np.percentile(values, [5, 95])
     if edge is not None:
-        low, high = min(low, edge[0]), max(high, edge[0])
-    margin = 0.15 * (high - low) or 0.1
+        low, high = min(low, edge), max(high, edge)
+    margin = 0.25 * (high - low) or 0.1
     outside = int(((values < low - margin) | (values > high + margin)).sum())
     if outside and len(values) >= MANY:
         ax.set_ylim(low - margin, high + margin)
-        text = f"{outside} of {len(values)} values outside"
-        ax.text(0.99, 0.98, text, transform=ax.transAxes, ha="right", va="top", fontsize=7, color=FAINT)
+        ax.set_title(f"{outside} of {len(values)} values outside", loc="right", fontsize=NOTE_SIZE, color=INK)
 
 
 def edge(ax: Any, value: float, label: str) -> None:
     """A value that means something by itself."""
     ax.axhline(value, color=INK, linewidth=1.0, linestyle="--", label=label)
+
+
+def moving_edge(ax: Any, series: Series, label: str) -> None:
+    """An edge that changes along the run; where there is none nothing is drawn."""
+    values = np.asarray(series.values, dtype=np.float64)
+    shown = drawable(values, positive=True)
+    if np.count_nonzero(shown) == 1:
+        edge(ax, float(values[shown][0]), label)
+    elif shown.any():
+        y = np.where(shown, values, np.nan)
+        ax.plot(series.steps, y, color=INK, linewidth=1.0, linestyle="--", label=label)
+
+
+def _marker(shown: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """Markers where points are few enough to be told apart, and where a lone point would make no line."""
+    return {"marker": "o", "markersize": 2.5} if np.count_nonzero(shown) <= MANY else {}

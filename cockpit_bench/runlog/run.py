@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cockpit_bench.notebook import shown
 from cockpit_bench.runlog.header import Header
 from cockpit_bench.runlog.reading import Event, Metrics, Outcome, Reading, Record
 
@@ -131,7 +132,13 @@ class Run(Mapping[str, Readings]):
         """The panel picture, a matplotlib Figure of 1600 x 1000 pixels (a notebook shows it)."""
         from cockpit_bench.plots.panel import panel  # matplotlib is imported by who draws
 
-        return panel(self)
+        return shown(panel(self))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a run: no picture, and nothing to install for it."""
+        from cockpit_bench.runlog.page import page  # which imports this module
+
+        return page(self)
 
     @property
     def outcome(self) -> Outcome | None:

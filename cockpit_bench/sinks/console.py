@@ -5,11 +5,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable
+from typing import Protocol, TextIO
 
 from cockpit_bench.runlog import Event, Metrics, Outcome, Reading, Record
 from cockpit_bench.sinks.sink import Sink
+from cockpit_bench.sinks.summary import Faults, details, finite, number, ratio, summary
 
 _TERMINAL_SECONDS = 0.2
 _PLAIN_SECONDS = 5.0
@@ -34,7 +35,8 @@ class ConsoleSink(Sink):
 
     At most one line per `every_seconds` (0.2 on a terminal, 5 elsewhere), besides one for every evaluation and for
     every event that is not routine. `interactive` draws the updating line on a stream that is not a terminal but
-    understands a carriage return (a notebook). The stream is stderr unless told: results on stdout stay clean.
+    understands a carriage return (a notebook). The stream is stderr unless told: results on stdout stay clean. The run
+    ends with a block of text (`summary`); `folder` is where it says that the log is.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ConsoleSink(Sink):
         steps: int | None = None,
         every_seconds: float | None = None,
         interactive: bool = False,
+        folder: str | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream or sys.stderr or io.StringIO()  # a program may have closed its stderr
@@ -52,6 +55,7 @@ class ConsoleSink(Sink):
         default = _TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS
         self._interval = default if every_seconds is None else every_seconds
         self._state = _State(target, steps)
+        self._goal, self._folder, self._faults = None if target is None else str(target), folder, Faults()
         self._now = now
         self._printed = -math.inf
         self._open_line = False
@@ -59,11 +63,13 @@ class ConsoleSink(Sink):
     def write(self, record: Record) -> None:
         moment = self._now()
         self._state.take(record, moment)
+        self._faults.take(record)
         if isinstance(record, Outcome):
-            self._print_above(self._state.summary(record))
+            for line in summary(record, self._goal, self._faults, self._folder):
+                self._print_above(line)
             return
         if isinstance(record, Event) and record.name not in _ROUTINE_EVENTS:
-            self._print_above(f"step {record.step}: {record.name} {_details(record.detail)}")
+            self._print_above(f"step {record.step}: {record.name} {details(record.detail)}")
         evaluated = isinstance(record, Metrics) and record.source == "evaluation"
         if evaluated or moment - self._printed >= self._interval:
             self._printed = moment
@@ -123,19 +129,19 @@ class _State:
         if self._begin is None:
             self._begin = (moment, record.step, record.seconds)
         if isinstance(record, Reading):
-            self._paid += _finite(record.cost.get("seconds")) or 0.0
+            self._paid += finite(record.cost.get("seconds")) or 0.0
             self._take_values(record)
         elif isinstance(record, Metrics) and record.source == "evaluation":
-            self._metrics.update({name: _number(value) for name, value in record.values.items()})
+            self._metrics.update({name: number(value) for name, value in record.values.items()})
         elif isinstance(record, Event) and record.name == "target_hit":
-            self._hit = f"hit at step {record.step} ({_number(record.seconds)} s)"
+            self._hit = f"hit at step {record.step} ({number(record.seconds)} s)"
 
     def _take_values(self, reading: Reading) -> None:
         if reading.status != "ok":
             return
         for label, instrument, output in (_LOSS, *_PICKS):
             if reading.instrument == instrument and output in reading.values:
-                self._picks[label] = (_number(reading.values[output]), reading.step)
+                self._picks[label] = (number(reading.values[output]), reading.step)
 
     def line(self, moment: float) -> str:
         parts = [f"step {self._step}" + (f"/{self._steps}" if self._steps else "")]
@@ -163,65 +169,27 @@ class _State:
             return [f"{name} {text}" for name, text in self._metrics.items()]
         parts = []
         if self._target.metric in self._metrics:
-            goal = _number(self._target.value)
+            goal = number(self._target.value)
             parts.append(f"{self._target.metric} {self._metrics[self._target.metric]} (target {goal})")
         return parts + ([self._hit] if self._hit else [])
 
     def _tax(self) -> float | None:
         if self._begin is None or not self._paid:
             return None
-        return _ratio(self._paid, self._seconds - self._begin[2])
+        return ratio(self._paid, self._seconds - self._begin[2])
 
     def _remaining(self, moment: float) -> float | None:
         """By the wall clock, so that it includes what evaluation and observation take."""
         if self._begin is None or not self._steps or self._step >= self._steps:
             return None
-        pace = _ratio(moment - self._begin[0], self._step - self._begin[1])
+        pace = ratio(moment - self._begin[0], self._step - self._begin[1])
         return None if pace is None else pace * (self._steps - self._step)
-
-    def summary(self, outcome: Outcome) -> str:
-        parts: list[str] = [outcome.status]
-        if outcome.hit_step is not None:
-            parts[0] += f" at step {outcome.hit_step} ({_number(outcome.hit_seconds)} s)"
-        if self._target is not None:
-            parts.append(f"target {self._target}")
-        if outcome.best is not None:
-            parts.append(f"best {_number(outcome.best)}")
-        parts.append(
-            f"{outcome.step} steps in {_number(outcome.seconds)} s of training, {_number(outcome.wall)} s in all"
-        )
-        tax = _ratio(sum(_finite(paid) or 0.0 for paid in outcome.tax.values()), outcome.seconds)
-        if tax is not None:
-            parts.append(f"tax {tax:.1%}")
-        if outcome.reason:
-            parts.append(outcome.reason)
-        return "; ".join(parts)
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    """None where the answer would be no number."""
-    return part / whole if math.isfinite(part) and math.isfinite(whole) and whole > 0 else None
-
-
-def _number(value: Any) -> str:
-    try:
-        return f"{float(value):.4g}"
-    except (TypeError, ValueError, OverflowError):
-        return "?"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
-
-
-def _details(detail: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in detail.items())
 
 
 def _printable(text: str) -> str:

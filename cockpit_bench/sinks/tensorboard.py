@@ -1,34 +1,53 @@
-"""Records as TensorBoard scalars with grouped tags; the log stays the truth, this is a view of it."""
+"""Records as TensorBoard scalars and histograms with grouped tags; the log stays the truth, this is a view of it.
+
+Shapes: L = layers or parameter groups, K = bins.
+"""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cockpit_bench.runlog import Event, Metrics, Outcome, Reading, Record
 from cockpit_bench.runlog.codec import spell
 from cockpit_bench.sinks.sink import Sink
 
-LONGEST_VECTOR = 8
+LONGEST_VECTOR = 8  # of a value that no instrument declared
+MOST_ENTRIES = 40  # layers or parameter groups that get a tag each
+RHO, SHARPNESS = "curvature/preconditioned_sharpness", "curvature/sharpness"
+Floats = npt.NDArray[np.float64]
+Point = tuple[str, float]  # tag, number
 
 
 class TensorBoardSink(Sink):
     """Writes one event file. Tags:
 
-    `<instrument>/<output>` (`.../0`, `.../1` for vectors of at most 8 entries), `<instrument>/<output>_stderr`,
-    `metrics/<name>` for evaluations, `user/<name>` for the user's own scalars, `events/<name>` as text, and with every
-    evaluation `tax/<instrument>`, the seconds that the instrument has taken so far. Larger arrays are left to the log.
-    `purge_step` hides the points that earlier event files of a resumed run have at that step or later.
+    `<instrument>/<output>` and `<instrument>/<output>_stderr`; `<instrument>/<output>/<layer>` for each layer, by the
+    names in the event `layers`, and `<instrument>/<output>/<index>` for each parameter group. An output with more than
+    `most_entries` of them is sent as `/min`, `/median` and `/max` over those that are not NaN, and a text says so,
+    once. A histogram is sent as it was binned; a spectrum is left to the log. An output that is not declared is sent as
+    a scalar, or `/0`, `/1` for a vector of at most 8 entries.
 
-    `about` is what the log's header says of the run: the custom-scalar tab gets charts of rho with its edge, of the
-    metric with its target, and of the tax; the lines are drawn through `edges/rho` and `edges/target`. The event
-    `trial` is written as a table and, when the run ends, as the hyperparameters of its outcome.
+    `metrics/<name>` for evaluations, `user/<name>` for the user's own scalars, `events/<name>` as text, and with every
+    evaluation `tax/<instrument>`, the seconds that the instrument has taken so far. `purge_step` hides the points that
+    earlier event files of a resumed run have at that step or later.
+
+    `about` is what the log's header says of the run: it declares the kinds of the outputs, and the custom-scalar tab
+    gets charts of rho with its edge, of the sharpness with its own, of the metric with its target, of the layers
+    together, and of the tax; fixed lines are drawn through `edges/rho` and `edges/target`. The event `trial` is written
+    as a table and, when the run ends, as the hyperparameters of its outcome.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, purge_step: int | None = None, about: Mapping[str, Any] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        purge_step: int | None = None,
+        about: Mapping[str, Any] | None = None,
+        most_entries: int = MOST_ENTRIES,
     ) -> None:
         # Imported here: it brings torch with it, and 0.2 s, which only runs that write events should pay.
         from torch.utils.tensorboard import SummaryWriter
@@ -36,6 +55,9 @@ class TensorBoardSink(Sink):
         self._writer: Any = SummaryWriter(os.fspath(folder), purge_step=purge_step)
         self._tax: dict[str, float] = {}
         self._trial: Mapping[str, Any] = {}
+        self._kinds = {(label, name): str(kind) for label, name, kind in _declared(about or {})}
+        self._layers: list[str] = []
+        self._most_entries, self._shortened = most_entries, False
         self._edges, charts = _charts(about or {})
         if charts:
             self._writer.add_custom_scalars({"cockpit": charts})
@@ -55,6 +77,8 @@ class TensorBoardSink(Sink):
                 self._trial = detail
                 self._writer.add_text("trial", _table(detail), record.step)
             case Event(name=name, detail=detail):
+                if name == "layers":
+                    self._layers = [str(layer) for layer in detail.get("names", ())]
                 self._write_text(name, detail, record.step)
             case Outcome(status=status, reason=reason):
                 self._write_text("outcome", {"status": status, "reason": reason}, record.step)
@@ -63,16 +87,62 @@ class TensorBoardSink(Sink):
 
     def _write_reading(self, reading: Reading) -> None:
         if reading.status == "ok":
-            self._write_scalars(reading.instrument, reading.values, reading.step)
-            doubts = {f"{output}_stderr": doubt for output, doubt in reading.stderr.items()}
-            self._write_scalars(reading.instrument, doubts, reading.step)
+            points: list[Point] = []
+            for name, value in reading.values.items():
+                if (reading.instrument, name) == (SHARPNESS, "edge") and np.isnan(value):
+                    continue  # this optimizer has no edge; TensorBoard would draw NaN at 0
+                kind = self._kinds.get((reading.instrument, name), "undeclared")
+                points += self._points_of(f"{reading.instrument}/{name}", kind, value, reading.step)
+            points += [(f"{reading.instrument}/{name}_stderr", doubt) for name, doubt in reading.stderr.items()]
+            self._send(points, reading.step)
         if "seconds" in reading.cost:
             self._tax[reading.instrument] = self._tax.get(reading.instrument, 0.0) + reading.cost["seconds"]
 
+    def _points_of(self, tag: str, kind: str, value: Any, step: int) -> Iterable[Point]:
+        """One output in the form of its kind; what does not have the shape of its kind is left to the log."""
+        match kind:
+            case "histogram":
+                table = _numbers(value)
+                if table is not None and table.ndim == 2 and table.shape[0] == 2 and table[1].sum() > 0:
+                    self._writer.add_histogram_raw(tag, global_step=step, **binned(*table))
+                return []
+            case "per-layer" | "per-group":
+                entries = _numbers(value)
+                return self._entries(tag, kind, entries, step) if entries is not None and entries.ndim == 1 else []
+            case "spectrum":
+                return []
+        return _points(tag, value)
+
+    def _entries(self, tag: str, kind: str, values_L: Floats, step: int) -> Iterable[Point]:
+        """Every entry under its name, or their extremes and median where there are too many."""
+        if len(values_L) > self._most_entries:
+            self._say_shortened(tag, len(values_L), step)
+            known = values_L[~np.isnan(values_L)]
+            some = known if len(known) else np.array([np.nan])
+            return [(f"{tag}/min", some.min()), (f"{tag}/median", np.median(some)), (f"{tag}/max", some.max())]
+        named = kind == "per-layer" and len(self._layers) == len(values_L)
+        names = self._layers if named else [str(index) for index in range(len(values_L))]
+        return [(f"{tag}/{name}", number) for name, number in zip(names, values_L, strict=True)]
+
+    def _send(self, points: Sequence[Point], step: int) -> None:
+        """All scalars of a record as one event: many layers would otherwise cost many."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=float(number)) for tag, number in points]
+        if values:
+            self._writer.file_writer.add_summary(Summary(value=values), step)
+
+    def _say_shortened(self, tag: str, count: int, step: int) -> None:
+        if not self._shortened:
+            self._shortened = True
+            text = (
+                f"`{tag}` has {count} entries, more than the {self._most_entries} that get a tag each: it and others "
+                "like it are sent as min, median and max. The log has every entry."
+            )
+            self._writer.add_text("notes/entries", text, step)
+
     def _write_scalars(self, group: str, values: Mapping[str, Any], step: int) -> None:
-        for name, value in values.items():
-            for tag, number in _points(f"{group}/{name}", value):
-                self._writer.add_scalar(tag, number, step)
+        self._send([point for name, value in values.items() for point in _points(f"{group}/{name}", value)], step)
 
     def _write_hyperparameters(self, outcome: Outcome) -> None:
         """Into the same event file: the writer's own add_hparams would open a second run in a sub-folder."""
@@ -93,34 +163,71 @@ class TensorBoardSink(Sink):
         self._writer.close()
 
 
-def _points(tag: str, value: Any) -> Iterator[tuple[str, float]]:
+def binned(limits_K: Floats, counts_K: Floats) -> dict[str, Any]:
+    """The arguments of `add_histogram_raw` for K bins given by ascending upper limits.
+
+    An open end is taken as wide as the bin beside it. `min` and `max` are the outer limits of the bins that are not
+    empty, as TensorBoard needs them; sums are those of the middles of the bins.
+    """
+    closed = limits_K[np.isfinite(limits_K)]
+    widths = np.diff(closed) if len(closed) > 1 else np.ones(1)
+    start = closed if len(closed) else np.zeros(1)
+    edges = np.concatenate([[start[0] - widths[0]], start, start[-1:] + widths[-1]])[: len(limits_K) + 1]
+    filled = np.flatnonzero(counts_K > 0)
+    middles = (edges[1:] + edges[:-1]) / 2
+    return {
+        "min": float(edges[filled[0]]),
+        "max": float(edges[filled[-1] + 1]),
+        "num": float(counts_K.sum()),
+        "sum": float(counts_K @ middles),
+        "sum_squares": float(counts_K @ middles**2),
+        "bucket_limits": edges[1:].tolist(),
+        "bucket_counts": counts_K.tolist(),
+    }
+
+
+def _points(tag: str, value: Any) -> Iterator[Point]:
     """A scalar as itself, a short vector entry by entry, anything else not at all."""
-    if isinstance(value, int | float | np.number | np.bool_):
-        yield tag, float(value)
-        return
-    try:
-        vector = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        return
-    if vector.ndim == 0:
-        yield tag, float(vector)
-    elif vector.ndim == 1 and len(vector) <= LONGEST_VECTOR:
-        for index, entry in enumerate(vector):
+    numbers = _numbers(value)
+    if numbers is not None and numbers.ndim == 0:
+        yield tag, float(numbers)
+    elif numbers is not None and numbers.ndim == 1 and len(numbers) <= LONGEST_VECTOR:
+        for index, entry in enumerate(numbers):
             yield f"{tag}/{index}", float(entry)
+
+
+def _numbers(value: Any) -> Floats | None:
+    """An array of any rank, or None for what is none: text, a ragged list."""
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+
+
+def _declared(about: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(label, output, kind) of every output that the instruments of the run declare."""
+    for label, facts in about.get("instruments", {}).items():
+        for name, output in facts.get("outputs", {}).items():
+            yield label, name, output.get("kind", "scalar")
 
 
 def _charts(about: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     """Constant lines by name, and the layout of the custom-scalar tab."""
     edges: dict[str, float] = {}
     charts: dict[str, Any] = {}
-    rho = "curvature/preconditioned_sharpness"
-    if rho in about.get("instruments", {}):
+    if RHO in about.get("instruments", {}):
         edges["rho"] = 1.0
-        charts["rho and its edge"] = ["Multiline", [f"{rho}/rho$", "edges/rho"]]
+        charts["rho and its edge"] = ["Multiline", [f"{RHO}/rho$", "edges/rho"]]
+    outputs = list(_declared(about))
+    if any(output[:2] == (SHARPNESS, "edge") for output in outputs):
+        charts["sharpness and its edge"] = ["Multiline", [f"{SHARPNESS}/sharpness$", f"{SHARPNESS}/edge$"]]
     target = about.get("target")
     if target:
         edges["target"] = float(target["value"])
         charts[f"{target['metric']} and its target"] = ["Multiline", [f"metrics/{target['metric']}$", "edges/target"]]
+    for label, name, kind in outputs:
+        if kind == "per-layer":
+            charts[f"{label}/{name}"] = ["Multiline", [f"{label}/{name}/.*"]]
     if about.get("instruments"):
         charts["seconds of observation by instrument"] = ["Multiline", ["tax/.*"]]
     return edges, charts

@@ -85,10 +85,3 @@ def top_eigenvalue(
             return Ritz(value, residual, len(alphas), converged, s_k @ basis_kD)
         betas.append(beta_k)
         q_D = w_D / beta_k
-
-
-def random_start(operator: Operator, seed: int) -> Tensor:
-    """A Gaussian vector of norm 1 that depends on the seed alone, not on the device or any global generator."""
-    v_D = torch.randn(operator.size, generator=torch.Generator().manual_seed(seed), dtype=operator.dtype)
-    unit_D: Tensor = (v_D / v_D.norm()).to(operator.device)
-    return unit_D

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instruments.linalg.lanczos import Ritz, random_start, top_eigenvalue
-from instruments.operators.operator import Operator
+from instruments.linalg.lanczos import Ritz, top_eigenvalue
+from instruments.operators.operator import Operator, random_unit
 
 HINT, RANDOM = 0.2, 0.02  # weights in a warm start, against 1 for the last Ritz vector
 FRESH_RANDOM = 0.5  # weight of the random vector in a fresh start, against 1 for the hint
@@ -49,7 +49,7 @@ def follow(
     Costs are in `Ritz.products`, audits included. A vector of another size (the model grew, another parameter was
     frozen) starts cold.
     """
-    noise_D, hint_D = random_start(operator, seed), _unit(hint_D)
+    noise_D, hint_D = random_unit(operator, seed), _unit(hint_D)
     fresh_tol = min(tol, FRESH_TOL)
     fresh_D = hint_D + FRESH_RANDOM * noise_D
     last_D = track.vector_D

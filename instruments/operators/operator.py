@@ -34,3 +34,10 @@ class DenseOperator(Operator):
 
     def matvec(self, v_D: Tensor) -> Tensor:
         return self._matrix_DD @ v_D
+
+
+def random_unit(operator: Operator, seed: int) -> Tensor:
+    """A Gaussian vector of norm 1 that depends on the seed alone, not on the device or any global generator."""
+    v_D = torch.randn(operator.size, generator=torch.Generator().manual_seed(seed), dtype=operator.dtype)
+    unit_D: Tensor = (v_D / v_D.norm()).to(operator.device)
+    return unit_D

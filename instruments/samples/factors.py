@@ -247,8 +247,8 @@ def _inner(a_Np: Tensor, b_Nq: Tensor) -> Tensor:
 def _bilinear(a_Np: Tensor, v_pq: Tensor, b_Nq: Tensor) -> Tensor:
     """a_i' v b_i, from the shorter side."""
     if a_Np.shape[1] <= b_Nq.shape[1]:
-        return torch.linalg.vecdot(a_Np @ v_pq, b_Nq)
-    return torch.linalg.vecdot(b_Nq @ v_pq.T, a_Np)
+        return ((a_Np @ v_pq) * b_Nq).sum(1)
+    return ((b_Nq @ v_pq.T) * a_Np).sum(1)
 
 
 def _added(tensors: Sequence[Tensor]) -> Tensor:

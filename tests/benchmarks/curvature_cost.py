@@ -26,8 +26,9 @@ from instruments import Instrument, Probe, View
 from instruments.curvature.preconditioned_sharpness import PreconditionedSharpness
 from instruments.curvature.sharpness import Sharpness
 from instruments.held import HeldBatches
-from instruments.linalg.lanczos import random_start, top_eigenvalue
+from instruments.linalg.lanczos import top_eigenvalue
 from instruments.objective import as_objective
+from instruments.operators.operator import random_unit
 
 LOSS = nn.CrossEntropyLoss()
 Row = tuple[float, float, int]  # cost in g, relative error, products (-1: unknown)
@@ -68,7 +69,7 @@ def reference(moment: Moment, preconditioned: bool) -> float:
     with probe_of(moment) as probe:
         view = View(probe, frozenset({"hessian", "preconditioner"}))
         operator = view.preconditioned if preconditioned else view.hessian
-        return top_eigenvalue(operator, random_start(operator, 1), tol=1e-5, max_products=300).value
+        return top_eigenvalue(operator, random_unit(operator, 1), tol=1e-5, max_products=300).value
 
 
 def pyhessian(moment: Moment) -> tuple[float, int]:

@@ -128,3 +128,35 @@ def test_observation_is_off_the_training_clock() -> None:
     off = ("observe", "log", "evaluate")
     assert outcome.seconds == pytest.approx(outcome.wall - sum(outcome.buckets.get(name, 0.0) for name in off))
     assert outcome.buckets["update"] > 0
+
+
+def test_what_no_instrument_is_billed_for_is_paid_out_of_the_budget_too() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, instruments={"curvature/sharpness": 1}, budget=0.05)
+
+    def observe(batch: Any, loss: Any) -> None:
+        with cockpit.clock.bucket("observe"):
+            time.sleep(0.02)
+        cockpit.observe(batch, loss)
+
+    training.run(2, observe)
+    cost = readings(cockpit, "curvature/sharpness", "ok")[0].cost["seconds"]
+    set_training_seconds(cockpit, (2 * cost + 0.01) / 0.05)
+    training.run(1, observe)
+    assert len(readings(cockpit, "curvature/sharpness", "ok")) == 1, "the reading alone would fit, with the rest not"
+    set_training_seconds(cockpit, 1e9)
+    training.run(1, observe)
+    assert len(readings(cockpit, "curvature/sharpness", "ok")) == 2
+    cockpit.close()
+
+
+def test_where_nothing_can_be_paid_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, instruments={"curvature/sharpness": 1}, budget=0.0)
+    training.run(1, cockpit.observe)
+    monkeypatch.setattr("cockpit_bench.observer.Probe", lambda *args, **kwargs: pytest.fail("a probe was opened"))
+    training.run(3, cockpit.observe)
+    assert not events(cockpit, "observe_failed")
+    outcome = cockpit.close()
+    assert outcome is not None
+    assert outcome.skips == {"curvature/sharpness": 3}

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instruments.linalg.lanczos import DOUBTED_PRODUCTS, random_start, top_eigenvalue
+from instruments.linalg.lanczos import DOUBTED_PRODUCTS, top_eigenvalue
 from instruments.linalg.tracking import AUDIT_EVERY, Track, follow
-from instruments.operators.operator import DenseOperator
+from instruments.operators.operator import DenseOperator, random_unit
 
 NO_HINT = torch.zeros(62, dtype=torch.float64)
 
@@ -35,7 +35,7 @@ def test_value_is_a_lower_bound_within_the_residual(seed: int, size: int, tol: f
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(size, size, generator=g, dtype=torch.float64)
     operator = Counting(a + a.T)
-    ritz = top_eigenvalue(operator, random_start(operator, seed), tol=tol, max_products=200)
+    ritz = top_eigenvalue(operator, random_unit(operator, seed), tol=tol, max_products=200)
     eigenvalues = torch.linalg.eigvalsh(a + a.T)
     top = float(eigenvalues[-1])
     assert ritz.converged
@@ -49,12 +49,12 @@ def test_value_is_a_lower_bound_within_the_residual(seed: int, size: int, tol: f
 
 def test_a_large_negative_eigenvalue_does_not_win() -> None:
     operator = matrix([-1.5, 1.0, *([0.1] * 20)])
-    assert top_eigenvalue(operator, random_start(operator, 0), tol=1e-6, max_products=50).value == pytest.approx(1.0)
+    assert top_eigenvalue(operator, random_unit(operator, 0), tol=1e-6, max_products=50).value == pytest.approx(1.0)
 
 
 def test_a_near_tie_of_opposite_sign_is_resolved() -> None:
     operator = matrix([1.0, -0.98, *torch.linspace(-0.5, 0.5, 60).tolist()])
-    ritz = top_eigenvalue(operator, random_start(operator, 0), tol=1e-4, max_products=60)
+    ritz = top_eigenvalue(operator, random_unit(operator, 0), tol=1e-4, max_products=60)
     assert ritz.converged
     assert ritz.value == pytest.approx(1.0, rel=1e-4)
 
@@ -63,7 +63,7 @@ def test_orthogonality_survives_float32() -> None:
     """Without reorthogonalisation eighty products give ghosts, and the exhausted basis is not noticed."""
     operator = matrix([100.0, *torch.linspace(0, 1, 80).tolist()])
     single = DenseOperator(operator._matrix_DD.float())
-    ritz = top_eigenvalue(single, random_start(single, 0), tol=0.0, max_products=200)
+    ritz = top_eigenvalue(single, random_unit(single, 0), tol=0.0, max_products=200)
     assert ritz.value == pytest.approx(100.0, rel=1e-5)
     assert ritz.products <= 81
 
@@ -71,33 +71,33 @@ def test_orthogonality_survives_float32() -> None:
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_zero_operator_and_small_sizes(size: int) -> None:
     operator = DenseOperator(torch.zeros(size, size, dtype=torch.float64))
-    ritz = top_eigenvalue(operator, random_start(operator, 0), tol=1e-3, max_products=10)
+    ritz = top_eigenvalue(operator, random_unit(operator, 0), tol=1e-3, max_products=10)
     assert (ritz.value, ritz.residual, ritz.converged, ritz.products) == (0.0, 0.0, True, 1)
 
 
 def test_all_negative_spectrum_has_a_negative_top() -> None:
     operator = matrix([-3.0, -2.0, -0.5, -1.0])
-    assert top_eigenvalue(operator, random_start(operator, 0), tol=1e-8, max_products=9).value == pytest.approx(-0.5)
+    assert top_eigenvalue(operator, random_unit(operator, 0), tol=1e-8, max_products=9).value == pytest.approx(-0.5)
 
 
 def test_running_out_of_products_is_said() -> None:
     operator = matrix(torch.linspace(0.9, 1, 50).tolist())
-    ritz = top_eigenvalue(operator, random_start(operator, 0), tol=1e-9, max_products=4)
+    ritz = top_eigenvalue(operator, random_unit(operator, 0), tol=1e-9, max_products=4)
     assert (ritz.converged, ritz.products) == (False, 4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_product_that_is_not_finite_ends_it(bad: float) -> None:
     operator = DenseOperator(torch.full((3, 3), bad, dtype=torch.float64))
-    ritz = top_eigenvalue(operator, random_start(operator, 0), tol=1e-3, max_products=10)
+    ritz = top_eigenvalue(operator, random_unit(operator, 0), tol=1e-3, max_products=10)
     assert math.isnan(ritz.value)
     assert not ritz.converged
 
 
-def test_random_start_depends_on_the_seed_alone() -> None:
+def test_random_unit_depends_on_the_seed_alone() -> None:
     operator = matrix([1.0, 2.0, 3.0])
     state = torch.get_rng_state()
-    first, again, other = (random_start(operator, s) for s in (3, 3, 4))
+    first, again, other = (random_unit(operator, s) for s in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state())

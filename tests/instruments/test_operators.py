@@ -40,7 +40,7 @@ def test_hessian_equals_differences_of_the_gradient(case: Case, kept: bool) -> N
     probe.held.keep_graphs = kept
     expected = dense_hessian(built.model, built.loss, built.batch)
     with probe:
-        measured = dense(probe.hessian(Meter()))
+        measured = dense(probe.curvatures.hessian(Meter()))
     assert torch.allclose(measured, expected, atol=1e-7 * (1 + float(expected.abs().max())))
     assert float(measured.abs().max()) > 1e-3 or case.name == "all_linear"
 
@@ -51,7 +51,7 @@ def test_products_repeat_bit_for_bit_and_are_symmetric(case: Case) -> None:
     with probe:
         for kept in (True, False):
             probe.held.keep_graphs, probe._hessian = kept, None
-            operator = probe.hessian(Meter())
+            operator = probe.curvatures.hessian(Meter())
             u, v = torch.randn(2, operator.size, dtype=torch.float64)
             hu = operator.matvec(u)
             assert torch.equal(hu, operator.matvec(u))
@@ -64,7 +64,7 @@ def test_free_gradient_is_the_gradient() -> None:
     theta_D.requires_grad_()
     expected = torch.autograd.grad(f(theta_D), theta_D)[0]
     with probe:
-        assert torch.allclose(probe.hessian(Meter()).gradient_D, expected, atol=1e-12)
+        assert torch.allclose(probe.curvatures.hessian(Meter()).gradient_D, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))])
@@ -79,7 +79,7 @@ def test_unequal_batches_are_one_loss(loss: nn.Module, kept: bool) -> None:
     held = HeldBatches([(x[:4], y[:4]), (x[4:], y[4:])])
     held.keep_graphs = kept
     with Probe(model, as_objective(loss), [], [(x, y)], held=held) as probe:
-        assert torch.allclose(dense(probe.hessian(Meter())), whole, atol=1e-7)
+        assert torch.allclose(dense(probe.curvatures.hessian(Meter())), whole, atol=1e-7)
 
 
 def test_tokens_that_count_weigh_the_batches() -> None:
@@ -90,7 +90,7 @@ def test_tokens_that_count_weigh_the_batches() -> None:
     held = HeldBatches([(tokens[:3], targets[:3]), (tokens[3:], targets[3:])])
     expected = dense_hessian(built.model, built.loss, built.batch)
     with Probe(built.model, as_objective(built.loss), [], [built.batch], held=held) as probe:
-        assert torch.allclose(dense(probe.hessian(Meter())), expected, atol=1e-7)
+        assert torch.allclose(dense(probe.curvatures.hessian(Meter())), expected, atol=1e-7)
 
 
 def test_all_linear_loss_has_zero_hessian() -> None:
@@ -101,7 +101,7 @@ def test_all_linear_loss_has_zero_hessian() -> None:
         return call(batch).squeeze(1)
 
     with Probe(model, as_objective(losses), [], [x], held=HeldBatches([x])) as probe:
-        operator = probe.hessian(Meter())
+        operator = probe.curvatures.hessian(Meter())
         assert torch.equal(operator.matvec(torch.ones(4, dtype=torch.float64)), torch.zeros(4, dtype=torch.float64))
 
 
@@ -110,7 +110,7 @@ def test_sparse_embedding_gradients_are_made_dense() -> None:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Tanh(), nn.Linear(6, 3)).double()
     batch = (torch.randint(0, 5, (6, 2)), torch.randint(0, 3, (6,)))
     with Probe(model, as_objective(nn.CrossEntropyLoss()), [], [batch], held=HeldBatches([batch])) as probe:
-        measured = dense(probe.hessian(Meter()))
+        measured = dense(probe.curvatures.hessian(Meter()))
     model[0].sparse = False
     assert torch.allclose(measured, dense_hessian(model, nn.CrossEntropyLoss(), batch), atol=1e-7)
 
@@ -127,7 +127,7 @@ def test_fused_attention_alone_has_no_second_derivative_but_the_probe_has() -> N
     with pytest.raises(RuntimeError):
         HessianOperator([piece], layout).matvec(torch.ones(layout.size, dtype=torch.float64))
     with probe:
-        probe.hessian(Meter()).matvec(torch.ones(layout.size, dtype=torch.float64))
+        probe.curvatures.hessian(Meter()).matvec(torch.ones(layout.size, dtype=torch.float64))
 
 
 def test_eval_mode_reads_another_loss() -> None:
@@ -140,7 +140,7 @@ def test_eval_mode_reads_another_loss() -> None:
     for mode in ("train", "eval"):
         held = HeldBatches([batch])
         with Probe(built.model, objective, [], [batch], held=held, settings=ProbeSettings(mode=mode)) as probe:
-            readings[mode] = dense(probe.hessian(Meter()))
+            readings[mode] = dense(probe.curvatures.hessian(Meter()))
         assert built.model.training
     expected = dense_hessian(built.model.eval(), built.loss, batch)
     assert torch.allclose(readings["eval"], expected, atol=1e-7)
@@ -158,9 +158,9 @@ def test_out_of_memory_rebuilds_then_drops_batches(monkeypatch: pytest.MonkeyPat
                 raise torch.OutOfMemoryError("planted")
             super().__init__(pieces, layout, keep_graphs=keep_graphs, **rest)
 
-    monkeypatch.setattr("instruments.probe.HessianOperator", Greedy)
+    monkeypatch.setattr("instruments.operators.resort.HessianOperator", Greedy)
     with probe:
-        operator = probe.hessian(Meter())
+        operator = probe.curvatures.hessian(Meter())
         assert torch.isfinite(operator.matvec(torch.ones(operator.size, dtype=torch.float64))).all()
     assert tries == [(True, 4), (False, 4), (False, 2)]
 

@@ -1,72 +1,118 @@
-"""The panel picture: every kind of log draws, marks and gaps are where they belong, numbers are the run's."""
+"""The panel picture: every kind of log draws, nothing overlaps, groups have their rows, empty panes say why."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from written_logs import (
+    INF,
+    LIGHT,
+    NAN,
+    STANDARD,
+    TARGET,
+    VALUES,
+    full,
+    full_panel,
+    make,
+    outcome,
+    pane,
+    reading,
+    texts,
+)
 
-from cockpit_bench.plots import curves
-from cockpit_bench.plots.panel import PANES, headline, panel, save
-from cockpit_bench.runlog import Event, Header, Metrics, Outcome, Reading, Record, Run
-
-NAN, INF = float("nan"), float("inf")
-TARGET = {"metric": "valid_accuracy", "value": 0.9, "direction": "at_least"}
-VALUES = {
-    "batch/loss": ["loss"],
-    "step/step_ratio": ["r"],
-    "gradient/norm": ["norm"],
-    "gradient/noise_scale": ["noise_scale", "norm_test"],
-    "curvature/sharpness": ["sharpness"],
-    "curvature/preconditioned_sharpness": ["rho"],
-}
-
-
-def reading(label: str, step: int, value: float, status: Any = "ok", reason: str = "") -> Reading:
-    values = dict.fromkeys(VALUES[label], value) if status == "ok" else {}
-    return Reading(label, step, step / 100, status, values, dict.fromkeys(values, abs(value) / 10), reason=reason)
-
-
-def outcome(status: Any = "hit", **changes: Any) -> Outcome:
-    fields = {
-        "status": status, "step": 50, "seconds": 0.5, "hit_step": 20, "hit_seconds": 0.2, "best": 0.95, "reason": "",
-        "buckets": {"forward": 0.3, "observe": 0.2, "evaluate": 0.1}, "wall": 0.8, "tax": {"batch/loss": 0.05},
-    }  # fmt: skip
-    return Outcome(**{**fields, **changes})
-
-
-def make(records: list[Record], target: dict[str, Any] | None = TARGET) -> Run:
-    return Run(Path("runs/x"), Header("x", "now", extra={"target": target}), records, 0, {}, {}, {})
-
-
-def full() -> list[Record]:
-    records: list[Record] = [reading(label, step, 1.0 + step / 10) for label in VALUES for step in range(50)]
-    records += [Metrics(step, step / 100, {"valid_accuracy": 0.5 + step / 100}, "evaluation") for step in (0, 20, 40)]
-    return [*records, Event(20, 0.2, "target_hit"), outcome()]
-
-
-def texts(figure: Any) -> str:
-    return "\n".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+from cockpit_bench.plots.panel import ACROSS, arrange, headline, panel, save
+from cockpit_bench.plots.panes import PANES
+from cockpit_bench.runlog import Event, Metrics, Reading, Record, Run
 
 
 def test_the_picture_is_1600_by_1000(tmp_path: Path) -> None:
-    path = tmp_path / "panel.png"
-    save(panel(make(full())), path)
+    path, figure = tmp_path / "panel.png", panel(make(full(LIGHT)))
+    save(figure, path)
     assert struct.unpack(">II", path.read_bytes()[16:24]) == (1600, 1000)
     for ending in ("pdf", "svg"):
-        save(panel(make(full())), tmp_path / f"panel.{ending}")
+        save(figure, tmp_path / f"panel.{ending}")
         assert (tmp_path / f"panel.{ending}").stat().st_size > 5000
 
 
 def test_it_says_how_the_run_went() -> None:
-    shown = texts(panel(make(full())))
+    shown = texts(full_panel())
     for text in ("hit: step 20, 0.2 s", "target ≥ 0.9", "edge of stability", "valid_accuracy", "hit at step 20"):
         assert text in shown
-    assert "was not read" not in shown
+    assert "not read" not in shown.lower()
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF, 0.0, -1.0, 1e300, 1e-300])
+def check_layout(figure: Any) -> None:
+    """No two axes overlap with anything that belongs to them, and nothing leaves the picture."""
+    renderer = figure.canvas.get_renderer()
+    boxes = [ax.get_tightbbox(renderer) for ax in figure.axes]
+    for index, box in enumerate(boxes):
+        assert 0 <= box.x0 <= box.x1 <= 1600
+        assert 0 <= box.y0 <= box.y1 <= 1000
+        for other in boxes[:index]:
+            apart = min(box.x1, other.x1) <= max(box.x0, other.x0) or min(box.y1, other.y1) <= max(box.y0, other.y0)
+            assert apart, f"{box} and {other}"
+
+
+@pytest.mark.parametrize("labels", [list(VALUES), STANDARD, LIGHT, []])
+def test_nothing_overlaps_and_every_pane_has_ink(labels: list[str]) -> None:
+    figure = panel(make(full(labels)))
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+    check_layout(figure)
+    for ax in figure.axes:
+        if ax.get_title(loc="left") and ax.lines:
+            x0, y0, x1, y1 = (round(edge) for edge in ax.get_window_extent().extents)
+            inside = pixels[1000 - y1 + 2 : 1000 - y0 - 2, x0 + 2 : x1 - 2]
+            coloured = inside.max(axis=-1) - inside.min(axis=-1) > 60
+            assert coloured.sum() > 100, ax.get_title(loc="left")
+
+
+@pytest.mark.parametrize("target", [{**TARGET, "metric": "validation_perplexity_of_all"}, None])
+def test_long_names_and_many_groups_stay_in_their_pane(target: Any) -> None:
+    names = ["validation_perplexity_of_all", *(f"a_metric_with_a_long_name_{n}" for n in range(6))]
+    records = [r for r in full() if not isinstance(r, Metrics) and getattr(r, "instrument", "") != "step/learning_rate"]
+    records = [replace(r, step=r.step * 2500) for r in records]
+    records += [Metrics(step, step / 100, dict.fromkeys(names, 1e-7 * step), "evaluation") for step in (0, 10**5)]
+    rates = np.linspace(0, 1, 100)
+    records += [Reading("step/learning_rate", step, 0.0, "ok", {"learning_rate": rates}) for step in (0, 10**5)]
+    figure = panel(make([*records, outcome(hit_step=100_000, hit_seconds=12345.6)], target))
+    figure.canvas.draw()
+    check_layout(figure)
+    assert len(pane(figure, "Learning rate").lines) == 100
+
+
+def test_a_group_is_a_row_and_small_neighbours_share_one() -> None:
+    def shape(labels: Any) -> list[tuple[str, int]]:
+        return [(name, len(draws)) for name, draws in arrange(make(full(labels)))]
+
+    assert shape(VALUES) == [("Progress", 3), ("Step", 3), ("Gradient", 3), ("Curvature", 3)]
+    assert shape(STANDARD) == [("Progress", 3), ("Step", 3), ("Gradient", 2), ("Curvature", 2)]
+    assert shape(LIGHT) == [("Progress", 3), ("Step · Gradient", 3)]
+    assert shape([]) == [("Progress", 2)]
+    assert max(sum(p.group == group for p in PANES) for group in {p.group for p in PANES}) <= ACROSS
+
+
+def test_what_was_not_read_is_listed_not_drawn() -> None:
+    figure = panel(make(full(LIGHT)))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert "Sharpness" not in titles
+    listed = next(text for text in texts(figure).split("Not read in this run: ")[1:])
+    listed = " ".join(listed.split("\n\n")[0].split())
+    assert listed.startswith("Step ratio r, Noise scale, Signal to noise, Sharpness, ρ, Smallest eigenvalue.")
+
+
+def test_step_panes_share_their_axis() -> None:
+    figure = full_panel()
+    steps = [ax for ax in figure.axes if ax.get_title(loc="left") and "time" not in ax.get_title(loc="left").lower()]
+    assert len(steps) == len(PANES) + 1
+    assert {ax.get_xlim() for ax in steps} == {(-0.5, 50 * 1.01)}
+    assert {round(ax.get_position().x0, 6) for ax in steps} == {round(ax.get_position().x0, 6) for ax in steps[:ACROSS]}
+
+
+@pytest.mark.parametrize("value", [NAN, -INF, 0.0, -1.0, 1e300])
 def test_every_value_draws(value: float, tmp_path: Path) -> None:
     records: list[Record] = [reading(label, step, value) for label in VALUES for step in range(5)]
     records += [Metrics(0, 0.0, {"valid_accuracy": value}, "evaluation"), outcome("diverged", hit_step=None, best=None)]
@@ -91,47 +137,16 @@ def test_short_and_empty_logs_draw(records: list[Record], target: Any, tmp_path:
 def test_empty_panes_say_why() -> None:
     shown = texts(panel(make([reading("curvature/sharpness", 0, 1.0, "failed", "no reader for Muon")])))
     assert "curvature/sharpness failed:\nno reader for Muon" in shown
-    assert "gradient/norm was not read" in shown
+    assert "batch/loss was not read" in shown
     assert "nothing was evaluated" in shown
-    assert "known when the run has ended" in shown
+    assert "no time was spent yet" in shown
 
 
-def test_gaps_and_marks_are_where_they_belong() -> None:
-    records: list[Record] = [
-        reading("curvature/sharpness", 0, 1.0),
-        reading("curvature/sharpness", 10, NAN),
-        reading("curvature/sharpness", 20, 3.0),
-        reading("curvature/sharpness", 30, 0.0, "skipped", "over the budget"),
-        reading("curvature/sharpness", 40, 0.0, "failed", "broken"),
-    ]
-    figure = panel(make(records))
-    (ax,) = [ax for ax in figure.axes if ax.get_title(loc="left") == "Sharpness"]
-    steps, values = ax.lines[0].get_data()
-    assert list(steps) == [0, 10, 20]
-    assert np.isnan(values[1])
-    marks = {
-        c.get_label(): c.get_offsets()[:, 0].tolist() for c in ax.collections if len(c.get_offsets()) and c.get_label()
-    }
-    assert {name: marks[name] for name in ("skipped", "failed", "no finite value")} == {
-        "skipped": [30], "failed": [40], "no finite value": [10],
-    }  # fmt: skip
-
-
-def test_outliers_do_not_flatten_the_rest() -> None:
-    records: list[Record] = [reading("step/step_ratio", s, 75.0 if s == 50 else 0.1 + 0.001 * s) for s in range(100)]
-    figure = panel(make(records))
-    (ax,) = [ax for ax in figure.axes if ax.get_title(loc="left") == "Step ratio r"]
-    assert ax.get_ylim()[1] < 2
-    assert ax.get_ylim()[1] > 1  # the edge is in sight
-    assert "1 of 100 values outside" in texts(figure)
-
-
-def test_the_running_median_follows_and_keeps_gaps() -> None:
-    y = np.array([1.0, 100.0, 1.0, np.nan, 2.0, 2.0])
-    found = curves.running_median(y, 3)
-    assert found[1] == 1.0
-    assert np.isnan(found[3])
-    assert found[4] == 2.0
+def test_a_run_that_goes_on_shows_its_time_so_far() -> None:
+    records: list[Record] = [reading("gradient/norm", step, 1.0) for step in (0, 100)]
+    ax = pane(panel(make(records)), "Time so far")
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["norm", "training"]
+    assert [bar.get_width() for bar in ax.patches[:2]] == pytest.approx([0.02, 1.0])
 
 
 def test_the_headline_of_a_running_run() -> None:
@@ -140,16 +155,8 @@ def test_the_headline_of_a_running_run() -> None:
     panel(run)
 
 
-def test_all_panes_show_outputs_that_exist() -> None:
-    from instruments import catalogue
-
-    for pane in PANES:
-        for label, output in pane.curves:
-            assert output in catalogue.make(label).outputs
-
-
 def test_pyplot_is_not_touched() -> None:
     import sys
 
-    panel(make(full()))
+    panel(make(full(LIGHT)))
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()

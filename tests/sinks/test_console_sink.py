@@ -50,9 +50,6 @@ def evaluation(step: int, value: float = 0.9) -> Metrics:
     return Metrics(step, 0.1 * step, {"valid_accuracy": value, "valid_loss": 0.2}, "evaluation")
 
 
-OUTCOME = Outcome("hit", 100, 10.0, 80, 8.0, 0.981, "target reached", {}, 12.5, {"batch/loss": 0.2, "x": math.nan})
-
-
 def test_a_full_line() -> None:
     stream, ticks = io.StringIO(), Ticks()
     sink = ConsoleSink(stream, target=Goal(), steps=1000, now=ticks)
@@ -152,17 +149,66 @@ def test_the_line_is_cut_to_a_real_terminal() -> None:
     os.close(master)
 
 
+def said(outcome: Outcome, *before: Record, target: Goal | None = None, folder: str | None = None) -> list[str]:
+    """The closing block, without what was printed before it."""
+    stream = io.StringIO()
+    sink = ConsoleSink(stream, target=target, folder=folder, now=Ticks())
+    for record in before:
+        sink.write(record)
+    begun = len(stream.getvalue())
+    sink.write(outcome)
+    return stream.getvalue()[begun:].splitlines()
+
+
 def test_the_summary() -> None:
-    stream = io.StringIO()
-    ConsoleSink(stream, target=Goal()).write(OUTCOME)
-    assert stream.getvalue() == (
-        "hit at step 80 (8 s); target valid_accuracy >= 0.97; best 0.981; 100 steps in 10 s of training, 12.5 s in all"
-        "; tax 2.0%; target reached\n"
+    tax = {
+        "batch/loss": 0.2,
+        "curvature/sharpness": 0.9,
+        "step/learning_rate": 0.004,
+        "gradient/norm": 0.005,
+        "network/weight_norm": 0.0,
+        "x": math.nan,
+    }
+    skips = {"curvature/sharpness": 12, "network/weight_norm": 3}
+    outcome = Outcome("hit", 100, 10.0, 80, 8.0, 0.981, "target reached", {}, 12.5, tax, skips)
+    lines = said(
+        outcome,
+        Reading("curvature/smallest", 0, 0.0, "failed", reason="no second derivative"),
+        Reading("gradient/noise_scale", 0, 0.0, "failed", reason="BatchNorm1d couples examples"),
+        Event(2, 0.2, "retired", {"instrument": "gradient/noise_scale", "failures": 3}),
+        Reading("curvature/smallest", 10, 1.0, "ok"),
+        target=Goal(),
+        folder="runs/" + "x" * 90,
     )
+    assert lines == [
+        "hit at step 80 (8 s), target valid_accuracy >= 0.97, best 0.981",
+        "reason   target reached",
+        "steps    100 in 10 s of training, 12.5 s in all",
+        "tax      11.1% of the training time, 15 readings skipped",
+        "          9.0%  curvature/sharpness                            12 skipped",
+        "          2.0%  batch/loss",
+        "          0.0%  network/weight_norm                             3 skipped",
+        "          0.1%  3 more, each below 0.1%",
+        "failed   curvature/smallest: no second derivative",
+        "retired  gradient/noise_scale at step 2: BatchNorm1d couples examples",
+        "log      runs/" + "x" * 90,
+    ]
+
+
+def test_the_summary_of_nothing() -> None:
     bare = Outcome("error", 0, 0.0, None, None, None, "", {}, 0.0, {})
-    stream = io.StringIO()
-    ConsoleSink(stream).write(bare)
-    assert stream.getvalue() == "error; 0 steps in 0 s of training, 0 s in all\n"
+    assert said(bare) == ["error", "steps    0 in 0 s of training, 0 s in all"]
+
+
+def test_the_summary_fits_a_terminal_and_its_path_can_be_copied() -> None:
+    long = "family/" + "n" * 90
+    outcome = Outcome("miss", 9, 1.0, None, None, None, "because " * 20, {}, 2.0, {long: 0.5}, {long: 10**6})
+    failed = Reading(long, 0, 0.0, "failed", reason="why " * 40)
+    lines = said(outcome, failed, target=Goal("m" * 90), folder="/" + "f" * 90)
+    assert max(map(len, lines[:-1])) == 79
+    assert lines[-1] == "log      /" + "f" * 90
+    assert "50.0%  family/nnn" in lines[4]
+    assert lines[4].endswith("...  1000000 skipped")
 
 
 ODD: list[Record] = [

@@ -1,0 +1,117 @@
+"""The matrices of a step, made when asked for: Hessian, Gauss-Newton and Fisher of the loss on the held batches."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import torch
+
+from instruments.objective import Batch, addends
+from instruments.operators.fisher import FisherOperator, empirical_fisher, monte_carlo_fisher
+from instruments.operators.gauss_newton import Evaluation, GaussNewtonOperator
+from instruments.operators.hessian import KEPT_PRODUCT, Piece
+from instruments.operators.resort import LastResortHessian
+from instruments.refusal import Refusal
+from instruments.samples.problem import SampleProblem
+from instruments.view import Meter
+
+if TYPE_CHECKING:
+    from instruments.probe import Probe
+
+CHECK = 2 * KEPT_PRODUCT
+"""In g, once a run."""
+Way = Literal["kept", "rebuilt", "forward"]
+Curvature = LastResortHessian | GaussNewtonOperator | FisherOperator
+Made = TypeVar("Made", LastResortHessian, GaussNewtonOperator, FisherOperator)
+
+
+class Curvatures:
+    """Each matrix is built for the first view that asks, billed to it, and shared until the probe is closed.
+
+    Out of memory: graphs are rebuilt for each product instead of kept, then held batches are dropped.
+    """
+
+    def __init__(self, probe: "Probe") -> None:
+        self._probe = probe
+        self._made: dict[str, Curvature] = {}
+
+    def release(self) -> None:
+        """Free all graphs."""
+        for operator in self._made.values():
+            operator.release()
+        self._made.clear()
+
+    def hessian(self, meter: Meter) -> LastResortHessian:
+        """By double backward, or, where something has no second derivative, by differences, which the route says."""
+
+        def build() -> LastResortHessian:
+            held = self._probe.held
+            pieces = [self._piece(batch) for batch in held.batches]
+            plans, key = self._probe.plans, ("second derivatives", self._probe.layout.names)
+            operator = LastResortHessian(
+                pieces, self._probe.layout, keep_graphs=held.keep_graphs, context=self._around, checked=key in plans
+            )
+            if key not in plans:
+                meter.gradients += CHECK
+                plans[key] = True
+            return operator
+
+        return self._once("hessian", build, meter, 1.0)
+
+    def gauss_newton(self, meter: Meter) -> GaussNewtonOperator:
+        """On a kept graph; where memory is short, by forward mode, or rebuilt where that has no rule."""
+
+        def build() -> GaussNewtonOperator:
+            probe = self._probe
+            pieces = [self._through(batch) for batch in probe.held.batches]
+            ways: tuple[Way, ...] = ("kept",) if probe.held.keep_graphs else ("forward", "rebuilt")
+            for way in ways:
+                try:
+                    return GaussNewtonOperator(probe.module, pieces, probe.layout, products=way, context=self._around)
+                except Refusal:
+                    if way == ways[-1]:
+                        raise
+            raise AssertionError("there is at least one way")
+
+        return self._once("gauss_newton", build, meter, 1.0)
+
+    def fisher(self, meter: Meter, seed: int | None = None) -> FisherOperator:
+        """The empirical Fisher, or, with a seed, the one with targets drawn from the model's own predictions."""
+
+        def build() -> FisherOperator:
+            probe = self._probe
+            probe.prepare()
+            problem = SampleProblem(probe.module, probe.layout, probe.objective, lambda: self._around(True))
+            keep = probe.held.keep_graphs
+            if seed is None:
+                return empirical_fisher(problem, probe.held.batches, keep_graphs=keep, context=self._around)
+            return monte_carlo_fisher(
+                problem, probe.held.batches, seed=seed, draws=1, keep_graphs=keep, context=self._around
+            )
+
+        price = 1.5 if seed is None else 1.0
+        return self._once("fisher" if seed is None else f"drawn fisher {seed}", build, meter, price)
+
+    def _once(self, name: str, build: Callable[[], Made], meter: Meter, gradients: float) -> Made:
+        held = self._probe.held
+        while name not in self._made:
+            try:
+                self._made[name] = build()
+                meter.gradients += gradients * held.keep_graphs
+            except torch.OutOfMemoryError as error:
+                if not held.shrink():
+                    raise Refusal(f"out of memory with a single probe batch: {error}") from error
+        operator = self._made[name]
+        meter.provenance.update(batch=held.label, examples=held.examples or "unknown", route=operator.route)
+        return operator  # type: ignore[return-value]
+
+    def _around(self, forward: bool) -> AbstractContextManager[None]:
+        return self._probe.running(held=True, differentiable=True, forward=forward)
+
+    def _piece(self, batch: Batch) -> Piece:
+        probe = self._probe
+        return lambda: addends(probe.objective, probe.objective.parts(probe.module, batch))
+
+    def _through(self, batch: Batch) -> Evaluation:
+        probe = self._probe
+        return lambda call: addends(probe.objective, probe.objective.parts(call, batch))
