@@ -19,7 +19,7 @@ from instruments.objective import Batch, Objective
 from instruments.probe import Probe, ProbeSettings
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
-from instruments.view import AFTER_STEP, RUNS_MODEL
+from instruments.view import AFTER_STEP, CURVATURES, RUNS_MODEL, Need
 
 
 class Observer:
@@ -51,7 +51,9 @@ class Observer:
         self.loop = LoopState()
         self.last_loss: Tensor | float | None = None
         self._update: Bucket | None = None
-        self._collects = any("hessian" in s.instrument.needs for s in readout.stations)
+        self._plans: dict[Any, Any] = {}
+        self._copies: list[Tensor] | None = None
+        self._collects = any(s.instrument.needs & CURVATURES for s in readout.stations)
         outputs = [out for s in readout.stations for out in s.instrument.outputs.values()]
         self._per_layer = any(out.kind == "per-layer" for out in outputs)
         self._watch = StepWatch(optimizers, self)
@@ -83,7 +85,7 @@ class Observer:
             raise Refusal("expected a batch with at least one example, got an empty one; nothing was read at this step")
         needs = frozenset().union(*(s.instrument.needs for s in stations))
         trusted = loop.loss is not None and not needs & RUNS_MODEL and all(s.built_in for s in stations)
-        with self.probe(loop.batches, loop.loss, guarded=not trusted) as probe:
+        with self.probe(loop.batches, loop.loss, guarded=not trusted, expected=needs) as probe:
             if self._per_layer:
                 self._name_layers(probe)
             if needs & RUNS_MODEL and not loop.compared:
@@ -97,7 +99,7 @@ class Observer:
                 loop.mark = GradientMark.of(probe.layout.params, probe.gradient_norm, probe.loss_scale)
         later = [s for s in stations if s.instrument.needs & AFTER_STEP]
         if later:
-            probe.remember()
+            self._copies = probe.remember(self._copies)
             loop.pending = (probe, later)
 
     def step_begins(self, optimizer: optim.Optimizer) -> None:
@@ -162,6 +164,7 @@ class Observer:
         *,
         held: HeldBatches | None = None,
         guarded: bool = True,
+        expected: frozenset[Need] = frozenset(),
     ) -> Probe:
         """The present state of training, to be used in a `with`.
 
@@ -180,6 +183,8 @@ class Observer:
             gradient_factor=self.loop.gradient_factor,
             settings=self._settings,
             guarded=guarded,
+            expected=expected,
+            plans=self._plans,
         )
 
     def probe_now(self, batch: Batch | None) -> Probe | None:

@@ -44,6 +44,7 @@ PANELS: Mapping[str, Mapping[str, int | Readings]] = {
     "standard": {
         **LIGHT,
         "gradient/noise_scale": Readings(200, 10),
+        "gradient/signal_to_noise": Readings(200, 10),
         "step/step_ratio": Readings(200, 10),
         "curvature/sharpness": Readings(40, 50),
         "curvature/preconditioned_sharpness": Readings(40, 50),

@@ -19,8 +19,7 @@ from cockpit_bench.runlog import Event, Reading, Record
 from instruments.instrument import Estimate, Instrument, Scalar, State, Values
 from instruments.probe import Probe
 from instruments.refusal import Refusal
-from instruments.samples import backpack_engine
-from instruments.view import View
+from instruments.view import CURVATURES, View
 
 FAILURES_TO_RETIRE = 3
 Emit = Callable[[Record], None]
@@ -68,8 +67,6 @@ class Readout:
 
     def __init__(self, slots: Iterable[Slot], budget: Budget, clock: Clock, emit: Emit, *, strict: bool) -> None:
         self.stations = [Station(slot) for slot in slots]
-        if any("samples" in station.instrument.needs for station in self.stations):
-            backpack_engine.preload()
         self.budget, self._clock, self._emit, self._strict = budget, clock, emit, strict
 
     def due(self, step: int) -> list[Station]:
@@ -78,9 +75,9 @@ class Readout:
 
     def payable(self, stations: Iterable[Station], step: int) -> list[Station]:
         """Those that the budget affords; the others are logged as skipped, once a stretch."""
-        chosen = []
+        chosen, training = [], self._clock.training
         for station in stations:
-            if station.price == 0 or self.budget.affords(station.label, station.expected_seconds, self._clock.training):
+            if self.budget.affords(station.label, station.expected_seconds, training):
                 chosen.append(station)
                 continue
             station.skipped += 1
@@ -145,15 +142,16 @@ class Readout:
 
     def _advance(self, station: Station, view: View, probe: Probe) -> tuple[Values, State]:
         """One reading, taken again on less of the probe batches while they do not fit into memory."""
-        before = probe.held.extent
+        curvature = bool(station.instrument.needs & CURVATURES)
+        before = probe.held.extent if curvature else None
         while True:
             try:
                 result = station.instrument.advance(view, station.state)
                 break
             except torch.OutOfMemoryError:
-                if "hessian" not in station.instrument.needs or not probe.shrink():
+                if not curvature or not probe.shrink():
                     raise
-        if probe.held.extent != before:
+        if curvature and probe.held.extent != before:
             examples, keep_graphs = probe.held.extent
             detail = {"instrument": station.label, "examples": examples, "graphs_kept": keep_graphs}
             self._emit(Event(probe.step, self._clock.training, "probe_shrunk", detail))

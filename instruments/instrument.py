@@ -16,7 +16,7 @@ from torch import Tensor
 
 from instruments.view import Need, View
 
-Kind = Literal["scalar", "per-group", "per-layer", "per-module", "histogram", "spectrum"]
+Kind = Literal["scalar", "per-group", "per-layer", "per-module", "histogram", "spectrum", "grid"]
 
 
 @dataclass(frozen=True)

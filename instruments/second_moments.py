@@ -8,7 +8,7 @@ optimizer below is brought to this form, whatever it names its state and however
     Adamax                (exp_inf - eps)^2: exp_inf is the largest discounted |g| + eps of the past
     RMSprop               square_avg / (1 - alpha^t), although torch divides by the root of square_avg alone
     Adadelta              square_avg / (1 - rho^t), with sqrt(eps), as eps stands under its root
-    Adagrad               (sum - initial_accumulator_value) / t
+    Adagrad               sum / t, the initial value of the sum included
 
 The gradient is that which the second moment takes in, with coupled weight decay added. A v_hat of exactly zero means
 that there never was one, or that its square underflows.
@@ -31,12 +31,12 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Moment:
-    """`v_hat` estimates E g^2; `root` is what the optimizer adds `eps` to before it divides by the sum, in the unit of
-    the gradient (both in the shape of the parameter); `length` is over how many steps v_hat averages,
-    (1 - beta2^t) / (1 - beta2): t at first, 1 / (1 - beta2) in the end."""
+    """`v_hat` estimates E g^2; `square` is the square of what the optimizer adds `eps` to before it divides by the sum
+    (both in the shape of the parameter); `length` is over how many steps v_hat averages, (1 - beta2^t) / (1 - beta2):
+    t at first, 1 / (1 - beta2) in the end."""
 
     v_hat: Tensor
-    root: Tensor
+    square: Tensor
     eps: float
     length: float
 
@@ -140,20 +140,20 @@ def _adam(group: Settings, state: Mapping[str, Any], t: float) -> Moment:
     beta2 = float(group["betas"][1])
     correction = 1 - beta2**t
     v_hat = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"] / correction
-    return Moment(v_hat, v_hat.sqrt(), group["eps"], correction / (1 - beta2))
+    return Moment(v_hat, v_hat, group["eps"], correction / (1 - beta2))
 
 
 @_reads(optim.RAdam)
 def _radam(group: Settings, state: Mapping[str, Any], t: float) -> Moment:
     plain = _adam(group, state, t)
-    return Moment(plain.v_hat, plain.root, plain.eps / (1 - float(group["betas"][1]) ** t) ** 0.5, plain.length)
+    return Moment(plain.v_hat, plain.square, plain.eps / (1 - float(group["betas"][1]) ** t) ** 0.5, plain.length)
 
 
 @_reads(optim.Adamax)
 def _adamax(group: Settings, state: Mapping[str, Any], t: float) -> Moment:
     beta2 = float(group["betas"][1])
-    root = (state["exp_inf"] - group["eps"]).clamp(min=0)
-    return Moment(root.square(), root, group["eps"], (1 - beta2**t) / (1 - beta2))
+    square = (state["exp_inf"] - group["eps"]).clamp(min=0).square()
+    return Moment(square, square, group["eps"], (1 - beta2**t) / (1 - beta2))
 
 
 @_reads(optim.RMSprop)
@@ -162,16 +162,15 @@ def _rmsprop(group: Settings, state: Mapping[str, Any], t: float) -> Moment:
     v = used = state["square_avg"]
     if group["centered"]:
         used = (v - state["grad_avg"].square()).clamp(min=0)
-    return Moment(v / (1 - alpha**t), used.sqrt(), group["eps"], (1 - alpha**t) / (1 - alpha))
+    return Moment(v / (1 - alpha**t), used, group["eps"], (1 - alpha**t) / (1 - alpha))
 
 
 @_reads(optim.Adadelta)
 def _adadelta(group: Settings, state: Mapping[str, Any], t: float) -> Moment:
     rho, v = float(group["rho"]), state["square_avg"]
-    return Moment(v / (1 - rho**t), v.sqrt(), group["eps"] ** 0.5, (1 - rho**t) / (1 - rho))
+    return Moment(v / (1 - rho**t), v, group["eps"] ** 0.5, (1 - rho**t) / (1 - rho))
 
 
 @_reads(optim.Adagrad)
 def _adagrad(group: Settings, state: Mapping[str, Any], t: float) -> Moment:
-    gathered = (state["sum"] - group["initial_accumulator_value"]).clamp(min=0)
-    return Moment(gathered / t, state["sum"].sqrt(), group["eps"], t)
+    return Moment(state["sum"] / t, state["sum"], group["eps"], t)

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class StepEffect:
     """`slope` is g'u, the change of the loss predicted to first order by the step u; `rounding` bounds the rounding
     error of `loss_after - loss_before`; all in the unit of the loss. `update_norm` is |u| in the unit of the
-    parameters.
+    parameters, `gradient_norm` is |g| of the recomputed gradient.
     """
 
     loss_before: float
     loss_after: float
     slope: float
     update_norm: float
+    gradient_norm: float
     rounding: float
 
 
@@ -40,10 +41,11 @@ def step_effect(probe: "Probe", before: Sequence[Tensor]) -> StepEffect:
     with torch.no_grad():
         loss_after, _ = probe.step_loss()
         u_D = probe.layout.join([p.detach() - p0 for p, p0 in zip(probe.layout.params, before, strict=True)])
-    slope, norm = torch.dot(g_D.double(), u_D.double()), u_D.norm().double()
-    f0, f1, slope_, norm_ = torch.stack([loss_before.double(), loss_after.double(), slope, norm]).tolist()
+    g_D, u_D = g_D.double(), u_D.double()
+    slope, norms = torch.dot(g_D, u_D), (u_D.norm(), g_D.norm())
+    f0, f1, slope_, u, g = torch.stack([loss_before.double(), loss_after.double(), slope, *norms]).tolist()
     eps = torch.finfo(probe.layout.dtype).eps
-    return StepEffect(f0, f1, slope_, norm_, eps * (abs(f0) + abs(f1)))
+    return StepEffect(f0, f1, slope_, u, g, eps * (abs(f0) + abs(f1)))
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def test_a_refused_key_is_not_overtaken_by_one_that_spent_more() -> None:
     assert budget.affords("cheap", 0.2, 119.0)
     assert not budget.affords("dear", 4.0, 120.0)
     assert not budget.affords("cheap", 0.2, 130.0)  # 3 are left, but dear waits for them
-    assert budget.affords("dear", 4.0, 141.0)
+    assert budget.affords("dear", 4.0, 153.0)  # 15.2 in all, first readings included
     budget.pay("dear", 4.0)
     assert budget.affords("cheap", 0.2, 155.0)
 
@@ -127,11 +127,41 @@ def test_what_was_paid_survives_a_resume() -> None:
     first.pay("b", 0.1)
     second = Budget(0.1)
     second.load_state_dict(first.state_dict())
-    assert second.affords("b", 1.0, 65.0)  # would not fit if the first readings counted against the pool
+    for seconds, fits in ((70.0, False), (72.0, True)):  # 7.1 = 5.1 of first readings + 1 paid + 1 asked for
+        assert first.affords("b", 1.0, seconds) is second.affords("b", 1.0, seconds) is fits
     assert not second.affords("a", 1.0, 65.0)
     second.pay("a", 1.0)
     assert second.spent == {"a": 7.0, "b": 0.1}
     assert first.spent == {"a": 6.0, "b": 0.1}
+
+
+def test_first_readings_are_paid_back_and_leave_a_quarter_to_the_others_meanwhile() -> None:
+    budget = Budget(0.1)
+    budget.pay("dear", 6.0)
+    budget.pay("cheap", 0.01)
+    for second in range(100):
+        if budget.affords("cheap", 0.01, float(second)):
+            budget.pay("cheap", 0.01)
+    later = sum(budget.spent.values()) - 6.01
+    assert later == pytest.approx(0.99, abs=0.011), "one reading a second, which is a tenth of the pool"
+    budget = Budget(0.1)
+    budget.pay("dear", 6.0)
+    budget.pay("cheap", 0.1)
+    assert not budget.affords("cheap", 0.5, 19.0)  # a quarter of 1.9 is too little
+    assert budget.affords("cheap", 0.5, 21.0)
+    assert not budget.affords("cheap", 4.0, 99.0)  # 6.1 + 4 of 9.9: paid back in full
+    assert budget.affords("cheap", 3.7, 99.0)
+
+
+def test_what_nobody_is_billed_for_comes_off_the_pool() -> None:
+    budget = Budget(0.1)
+    budget.pay("a", 1.0)
+    assert budget.affords("a", 1.0, 21.0)
+    budget.overhead = 0.2
+    assert not budget.affords("a", 1.0, 21.0)
+    assert budget.affords("a", 1.0, 23.0)
+    budget.overhead = 1e9
+    assert not budget.affords("a", 0.0, 23.0)
 
 
 prices = st.dictionaries(st.sampled_from("abcdef"), st.floats(1e-4, 10.0), min_size=1)
@@ -146,9 +176,11 @@ def test_the_whole_never_exceeds_the_pool_and_the_first_readings(
     for key, passed in asks:
         seconds += passed
         if key in price and budget.affords(key, price[key], seconds):
+            again = key in budget.spent
             budget.pay(key, price[key])
-    first = sum(price[key] for key in budget.spent)
-    assert sum(budget.spent.values()) <= share * seconds + first + 1e-6
+            first, total, pool = sum(price[k] for k in budget.spent), sum(budget.spent.values()), share * seconds
+            assert total <= pool + first + 1e-6
+            assert not again or total <= max(pool, first + pool / 4) + 1e-6
 
 
 @settings(deadline=None)

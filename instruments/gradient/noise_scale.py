@@ -1,6 +1,6 @@
-"""Gradient noise scale and norm test, from the pair (sum of squared norms, squared norm of the sum).
+"""Gradient noise scale, which is the critical batch size, and norm test, from norms of per-example gradients.
 
-Shapes: N = examples of the step, K = readings pooled.
+Shapes: N = examples of the step, K = readings pooled, L = trained parameter tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from instruments.gradient._estimates import require_examples
 from instruments.instrument import Estimate, Instrument, Output, State, Values
-from instruments.refusal import Refusal
 from instruments.view import Need, View
+
+WIDTH = 2.0  # standard errors to either side of an interval
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,26 @@ class NoiseScale(Instrument):
         S^2 = (A - Q/N) / (N - 1),      G^2 = (Q - A) / (N (N - 1)),
 
     and B_simple = tr(Sigma) / |G|^2 is estimated by the ratio of their sums over the last `pool` readings, never by an
-    average of ratios. Its standard error is the jackknife over those readings: unknown (NaN) at the first. G^2 of one
-    batch may be negative; when the pooled one is, the data say no more than "large" and `noise_scale` is infinite. The
-    norm test is theta^2 = S^2 / (N |g_B|^2), about x/(1 + x) for x = B_simple/N: near 1 the step is noise.
+    average of ratios. Its standard error is the jackknife over those readings: unknown (NaN) at the first.
+
+    B_simple is the critical batch size: steps and examples to a given loss go as S = S_min (1 + B_simple/B) and
+    E = E_min (1 + B/B_simple). At B = B_simple both are twice their least; far above it larger batches save hardly any
+    steps, far below it smaller ones save hardly any examples.
+
+    G^2 of one batch may be negative; when the pooled one is, `noise_scale` is infinite. What the data do say then is
+    `at_least`: the limits are Fieller's, two standard errors wide, so where the interval of the pooled G^2 contains 0
+    the upper one is infinite and the lower one holds. Pooling takes the readings as one state of training: with few of
+    them, or a scale that grows while they are taken, the limits are too narrow. `per_layer` pools each parameter tensor
+    by itself. The norm test is theta^2 = S^2 / (N |g_B|^2), about x/(1 + x) for x = B_simple/N.
     """
 
     pool: int = 20
 
     outputs: ClassVar[Mapping[str, Output]] = {
         "noise_scale": Output("examples", "pooled tr(Sigma) / |G|^2: batches far below it are mostly noise"),
+        "at_least": Output("examples", "lower limit of the noise scale, two standard errors; holds where G^2 may be 0"),
+        "at_most": Output("examples", "upper limit; infinite where the interval of the pooled G^2 contains 0"),
+        "per_layer": Output("examples", "the pooled noise scale of each parameter tensor", "per-layer"),
         "norm_test": Output("1", "theta^2 = S^2 / (N |g_B|^2) of this batch; 1 means all noise", edge=1.0),
         "sum_of_squared_norms": Output("(loss / parameter)²", "A = sum over examples of |g_i|^2"),
         "squared_norm_of_sum": Output("(loss / parameter)²", "Q = |sum over examples of g_i|^2"),
@@ -42,8 +56,9 @@ class NoiseScale(Instrument):
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"samples"})
     reference: ClassVar[str] = (
-        "McCandlish et al. 2018, An empirical model of large-batch training, appendix A.1; "
-        "norm test: Byrd et al. 2012, Sample size selection in optimization methods, eq. 3.6"
+        "McCandlish et al. 2018, An empirical model of large-batch training, section 2.2 and appendix A.1; "
+        "norm test: Byrd et al. 2012, Sample size selection in optimization methods, eq. 3.6; "
+        "limits of a ratio: Fieller 1954, Some problems in interval estimation"
     )
 
     def price(self, view: View) -> float:
@@ -54,15 +69,21 @@ class NoiseScale(Instrument):
 
     def advance(self, view: View, state: State) -> tuple[Values, State]:
         moments = view.moments
-        n = moments.examples
-        if n < 2:
-            raise Refusal(f"noise needs at least two examples a step, got {n}.")
-        sums = torch.stack([moments.norms_sq_N.double().sum(), (n * moments.mean_D.double()).square().sum()])
-        a, q = sums.tolist()
-        trace, squared = (a - q / n) / (n - 1), (q - a) / (n * (n - 1))
-        pairs = [*state["pairs"], (trace, squared)][-self.pool :] if np.isfinite([a, q]).all() else state["pairs"]
+        n = require_examples(moments, 2)
+        a_L, q_L = torch.stack([moments.sum_of_squares_L, moments.square_of_sum_L]).cpu()
+        pair_2L = torch.stack([(a_L - q_L / n) / (n - 1), (q_L - a_L) / (n * (n - 1))])
+        pairs = [pair for pair in state["pairs"] if pair.shape == pair_2L.shape]
+        if pair_2L.isfinite().all():
+            pairs = [*pairs, pair_2L][-self.pool :]
+        a, q = float(a_L.sum()), float(q_L.sum())
+        trace, squared = pair_2L.sum(1).tolist()
+        totals_K2 = [tuple(pair.sum(1).tolist()) for pair in pairs]
+        lower, upper = limits(totals_K2)
         values: Values = {
-            "noise_scale": pooled_ratio(pairs),
+            "noise_scale": pooled_ratio(totals_K2),
+            "at_least": lower,
+            "at_most": upper,
+            "per_layer": pooled_by_layer(pairs) if pairs else torch.full_like(a_L, torch.nan),
             "norm_test": trace * n / q if q > 0 else float("nan"),
             "sum_of_squared_norms": a,
             "squared_norm_of_sum": q,
@@ -72,7 +93,7 @@ class NoiseScale(Instrument):
         return values, {"pairs": pairs}
 
 
-def pooled_ratio(pairs_K2: Sequence[tuple[float, float]]) -> Estimate:
+def pooled_ratio(pairs_K2: Sequence[tuple[float, ...]]) -> Estimate:
     """sum S^2 / sum G^2 with its jackknife standard error over the pooled readings."""
     if not pairs_K2:
         return Estimate(float("nan"), float("nan"))
@@ -89,3 +110,31 @@ def pooled_ratio(pairs_K2: Sequence[tuple[float, float]]) -> Estimate:
     ratios = left_out[:, 0] / left_out[:, 1]
     variance = (k - 1) / k * np.square(ratios - ratios.mean()).sum()
     return Estimate(float(total[0] / total[1]), float(np.sqrt(variance)))
+
+
+def pooled_by_layer(pairs_K2L: Sequence[Tensor]) -> Tensor:
+    """(L,): sum S^2 / sum G^2 of each parameter tensor; infinite where G^2 is not positive, NaN where both are zero."""
+    trace_L, squared_L = torch.stack(list(pairs_K2L)).sum(0)
+    ratio_L = torch.where(squared_L > 0, trace_L / squared_L, torch.inf)
+    return torch.where((trace_L == 0) & (squared_L == 0), torch.nan, ratio_L)
+
+
+def limits(pairs_K2: Sequence[tuple[float, ...]]) -> tuple[float, float]:
+    """Fieller's limits of E S^2 / E G^2: all B for which S^2 - B G^2 is within two standard errors of 0.
+
+    They are the roots of a B^2 - 2 b B + c with a = G^2^2 - w^2 var(G^2), b = S^2 G^2 - w^2 cov, c = S^2^2 - w^2
+    var(S^2) of the means. a < 0 means that the interval of G^2 contains 0: no upper limit, and the formula of the lower
+    one stays the same. Unknown (NaN) before the second reading.
+    """
+    k = len(pairs_K2)
+    if k < 2:
+        return float("nan"), float("nan")
+    pairs = np.array(pairs_K2, dtype=float)
+    trace, squared = pairs.mean(0)
+    error = WIDTH**2 * np.cov(pairs.T) / k
+    a, b, c = squared**2 - error[1, 1], trace * squared - error[0, 1], trace**2 - error[0, 0]
+    root = np.sqrt(max(b * b - a * c, 0.0))
+    if squared <= 0 < a:
+        return float("inf"), float("inf")
+    lower = max(c, 0.0) / (b + root) if b + root > 0 else 0.0
+    return float(lower), float((b + root) / a) if a > 0 else float("inf")

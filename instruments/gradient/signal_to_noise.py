@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from instruments.gradient._estimates import jackknife, left_out_sums, require_examples, trace_of, variances
 from instruments.instrument import Estimate, Gauge, Output, Values
-from instruments.refusal import Refusal
-from instruments.samples.moments import SampleMoments
-from instruments.samples.problem import flat_pieces
 from instruments.view import Need, View
+
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class SignalToNoise(Gauge):
     where there is no signal at all. Under pure noise r_j is negative for two coordinates in three, and so is the
     median, by about -0.55/N. `aggregate` is the ratio of the sums over coordinates, |G|^2 / tr(Sigma), the inverse of
     the noise scale; its standard error is the jackknife over the examples. Coordinates without variance (a unit that is
-    dead for the whole batch) are left out and counted. No constant is added to the denominator.
+    dead for the whole batch, or all rounding) are left out and counted. No constant is added to the denominator.
     """
 
     outputs: ClassVar[Mapping[str, Output]] = {
         "aggregate": Output("1", "sum of signal over sum of noise: (|g|^2 - S^2/N) / S^2; may be negative"),
         "median": Output("1", "median over the coordinates of the de-biased ratio; may be negative"),
-        "per_layer": Output("1", "the aggregate of each parameter tensor", "per-layer"),
+        "per_layer": Output("1", "the aggregate of each parameter tensor; NaN for one without gradient", "per-layer"),
         "silent": Output("1", "share of coordinates without variance in this batch", edge=1.0),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"samples", "second_moment", "inner_products"})
@@ -49,38 +48,23 @@ class SignalToNoise(Gauge):
 
     def read(self, view: View) -> Values:
         moments = view.moments
-        n = moments.examples
-        if n < 2:
-            raise Refusal(f"a variance needs at least two examples a step, got {n}.")
-        assert moments.second_D is not None
-        signal_D = moments.mean_D.double().square()
-        variance_D = (moments.second_D.double() - signal_D).clamp(min=0) * (n / (n - 1))
-        signal_D -= variance_D / n
-        heard_D = variance_D > 8 * torch.finfo(moments.mean_D.dtype).eps * moments.second_D
-        pieces = zip(*(flat_pieces(moments.layout, v_D) for v_D in (signal_D, variance_D)), strict=True)
-        sums_L2 = torch.stack([torch.stack([signal.sum(), noise.sum()]) for signal, noise in pieces])
-        signal, noise = sums_L2.sum(0)
-        ratios = signal_D[heard_D] / variance_D[heard_D]
+        n = require_examples(moments, 2)
+        signals, noises, ratios = [], [], []
+        for square_d, variance_d, heard_d in variances(moments):
+            signal_d = square_d.sub_(variance_d, alpha=1 / n)
+            signals.append(signal_d.sum(dtype=torch.float64))
+            noises.append(variance_d.sum(dtype=torch.float64))
+            ratios.append((signal_d / variance_d)[heard_d])
+        signal_L, noise_L = torch.stack(signals), torch.stack(noises)
+        heard = torch.cat(ratios)
+        left_A_NL, left_Q_NL = left_out_sums(moments)
+        left_A_N, left_Q_N, m = left_A_NL.sum(1), left_Q_NL.sum(1), n - 1
+        left_out_N = (
+            (left_Q_N - left_A_N) / (m * (m - 1)) / trace_of(left_A_N, left_Q_N, m) if n > 2 else left_A_N * NAN
+        )
         return {
-            "aggregate": Estimate(signal / noise, jackknife(moments)),
-            "median": ratios.median() if len(ratios) else float("nan"),
-            "per_layer": sums_L2[:, 0] / sums_L2[:, 1],
-            "silent": 1 - heard_D.double().mean(),
+            "aggregate": Estimate(signal_L.sum() / noise_L.sum(), jackknife(left_out_N)),
+            "median": heard.median() if len(heard) else NAN,
+            "per_layer": signal_L / noise_L,
+            "silent": 1 - len(heard) / moments.layout.size,
         }
-
-
-def jackknife(moments: SampleMoments) -> Tensor:
-    """Standard error of |G|^2 / tr(Sigma) over the examples: each is left out once, at no further cost.
-
-    Without example i the sums A = sum |g|^2 and Q = |sum g|^2 are A - a_i and Q - 2 N <g_i, mean> + a_i.
-    """
-    assert moments.inner_NL is not None
-    n, a_N = moments.examples, moments.norms_sq_N.double()
-    if n < 3:
-        return torch.tensor(float("nan"))
-    total, square = a_N.sum(), moments.square_of_sum_L.sum()
-    left_A_N = total - a_N
-    left_Q_N = square - 2 * n * moments.inner_NL.double().sum(1) + a_N
-    m = n - 1
-    ratio_N = ((left_Q_N - left_A_N) / (m * (m - 1))) / ((left_A_N - left_Q_N / m) / (m - 1))
-    return ((n - 1) / n * (ratio_N - ratio_N.mean()).square().sum()).sqrt()

@@ -5,9 +5,7 @@ parameters, so the user's modules and parameters carry nothing afterwards.
 (Dangel, Kunstner and Hennig 2020, "BackPACK: packing more into backprop".)
 """
 
-import contextlib
 import copy
-import importlib
 import warnings
 from typing import Any
 
@@ -20,12 +18,6 @@ from instruments.samples.independence import check_by_half
 from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def preload() -> None:
-    """Import BackPACK, which takes half a second, at a moment when nobody counts it as the price of a reading."""
-    with contextlib.suppress(Exception):  # whoever needs it says why it cannot be imported
-        importlib.import_module("backpack.extensions")
 
 
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:

@@ -208,7 +208,7 @@ class Together(Factor):
         total = self.param.new_zeros(last - first, self.param.numel())
         for use, part in zip(self.uses, self.parts, strict=True):
             total += use.rows_to_parameter(part.rows(slice(first, last))).to(total.dtype)
-        return total.reshape(-1, *self.param.shape)
+        return total.reshape(last - first, *self.param.shape)
 
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         return in_chunks(self.rows, self.param, self.examples, self.param.numel(), wants, direction)

@@ -100,10 +100,11 @@ def refuse_undefined(module: nn.Module) -> None:
 
 def _over_batches(problem: SampleProblem, batches: Sequence[Batch], name: str) -> SampleMoments:
     """Inner products with the mean of several batches need that mean first: a pass for it, and one for them."""
-    if len(batches) > 1 and "inner_products" in problem.wants:
+    given = problem.direction_D is not None
+    if len(batches) > 1 and "inner_products" in problem.wants and not given:
         first = _run(replace(problem, wants=frozenset()), batches, name)
         problem = replace(problem, direction_D=torch.stack([part.sum_D for part in first]).sum(0))
-    return _scaled(problem.layout, _run(problem, batches, name))
+    return _scaled(problem.layout, _run(problem, batches, name), given)
 
 
 def _run(problem: SampleProblem, batches: Sequence[Batch], name: str) -> list[BatchMoments]:
@@ -114,8 +115,11 @@ def _run(problem: SampleProblem, batches: Sequence[Batch], name: str) -> list[Ba
     return parts
 
 
-def _scaled(layout: Layout, parts: Sequence[BatchMoments]) -> SampleMoments:
-    """From sums of losses to the loss: g_i by N / denominator, and means over the examples of all batches."""
+def _scaled(layout: Layout, parts: Sequence[BatchMoments], given: bool) -> SampleMoments:
+    """From sums of losses to the loss: g_i by N / denominator, and means over the examples of all batches.
+
+    Inner products are with the sum of the gradients, which becomes their mean, or with a direction that was `given`.
+    """
     denominator = sum((part.denominator for part in parts), start=0.0)
     norms_sq_NL = torch.cat([part.norms_sq_NL for part in parts]) if len(parts) > 1 else parts[0].norms_sq_NL
     n = norms_sq_NL.shape[0]
@@ -138,6 +142,6 @@ def _scaled(layout: Layout, parts: Sequence[BatchMoments]) -> SampleMoments:
         sum_D / denominator,
         parts[0].engine,
         None if squares_D is None else squares_D * (factor**2 / n),
-        torch.cat(inner) * (factor / denominator) if inner else None,
+        torch.cat(inner) * (factor if given else factor / denominator) if inner else None,
         None if gram_NN is None else gram_NN * factor**2,
     )

@@ -29,6 +29,9 @@ class StepRatio(Gauge):
         "slope": Output("loss", "g'u, change of the loss predicted to first order"),
         "change": Output("loss", "measured change of the loss on the same batch"),
         "update_norm": Output("parameter", "|u|, length of the step"),
+        "cosine": Output(
+            "1", "c = -g'u / (|g| |u|), g recomputed: 1 for SGD, about 0 where gradients are not zeroed", edge=0.0
+        ),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"update"})
     reference: ClassVar[str] = (
@@ -49,4 +52,5 @@ class StepRatio(Gauge):
             "slope": e.slope,
             "change": change,
             "update_norm": e.update_norm,
+            "cosine": -e.slope / product if (product := e.gradient_norm * e.update_norm) else float("nan"),
         }

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 from loop_cases import CASES, Training
-from watching import EVERYTHING, events, readings, watch
+from watching import events, readings, watch
 
 from cockpit_bench import Cockpit
+from cockpit_bench.panels import PANELS
 from instruments.refusal import Refusal
 
 PLAIN = CASES[0]
+PANEL = dict.fromkeys(PANELS["full"], 1)
 FREE = {"batch/loss", "gradient/norm", "network/weight_norm", "step/learning_rate"}
 
 
@@ -22,15 +24,15 @@ def set_training_seconds(cockpit: Cockpit, seconds: float) -> None:
 
 def test_first_readings_are_free_and_what_costs_nothing_is_always_read() -> None:
     training = Training(PLAIN)
-    cockpit = watch(training, budget=0.0)
+    cockpit = watch(training, instruments=PANEL, budget=0.0)
     training.run(6, cockpit.observe)
-    for label in EVERYTHING:
+    for label in PANEL:
         taken = [r.step for r in readings(cockpit, label, "ok")]
         assert taken == (list(range(6)) if label in FREE else [0]), label
     outcome = cockpit.close()
     assert outcome is not None
-    assert dict(outcome.skips) == dict.fromkeys(set(EVERYTHING) - FREE, 5)
-    assert set(outcome.tax) == set(EVERYTHING)
+    assert dict(outcome.skips) == dict.fromkeys(set(PANEL) - FREE, 5)
+    assert set(outcome.tax) == set(PANEL)
 
 
 def test_a_stretch_of_skips_is_one_record_and_the_next_reading_counts_them() -> None:
@@ -66,9 +68,9 @@ def test_a_loss_that_must_be_recomputed_is_not_free() -> None:
 
 def test_no_budget_is_no_limit() -> None:
     training = Training(PLAIN)
-    cockpit = watch(training, budget=None)
+    cockpit = watch(training, instruments=PANEL, budget=None)
     training.run(3, cockpit.observe)
-    assert len(readings(cockpit, status="ok")) == 3 * len(EVERYTHING)
+    assert len(readings(cockpit, status="ok")) == 3 * len(PANEL)
     assert not readings(cockpit, status="skipped")
     cockpit.close()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, build
-from test_noise_scale import Mean, losses
+from taking import Mean, losses
 from torch import nn
 from twins import example_gradients
 
@@ -88,5 +88,5 @@ def test_dead_coordinates_are_counted_and_left_out() -> None:
 
 
 def test_one_example_has_no_variance() -> None:
-    with pytest.raises(Refusal, match="at least two examples"):
+    with pytest.raises(Refusal, match="at least 2 examples"):
         read(Mean(3), losses, torch.ones(1, 3, dtype=torch.float64))
