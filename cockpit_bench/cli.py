@@ -18,7 +18,7 @@ An instrument panel for training neural networks in PyTorch, and a benchmark who
   list     what there is: workloads, instruments, panels, algorithms
   run      train a workload under the clock with a panel of instruments
   show     what a run folder says
-  plot     the panel picture of a run
+  plot     the panel picture of a run, or what one instrument read
   compare  steps and seconds to target of several runs
   dash     TensorBoard on this machine, at the cockpit's charts
 """
@@ -99,12 +99,16 @@ def _show(sub: Any) -> None:
 def _plot(sub: Any) -> None:
     p = sub.add_parser(
         "plot",
-        help="the panel picture of a run",
-        description="Metric, loss, step, gradient, curvature and clock of a run in one picture of 1600 x 1000 pixels.",
-        epilog="example: cockpit-bench plot runs --format pdf",
+        help="the panel picture of a run, or what one instrument read",
+        description="Metric, loss, step, gradient, curvature and clock of a run in one picture of 1600 x 1000 pixels. "
+        "With --instrument every output of that instrument, also of one that the panel does not show.",
+        epilog="example: cockpit-bench plot runs --instrument gradient/noise_scale --format pdf",
     )
     p.add_argument("run", help="a run folder, or a folder of runs (its latest is drawn)")
-    p.add_argument("--out", metavar="FILE", help="where to write it (default: figures/panel.png of the run)")
+    p.add_argument("--instrument", metavar="LABEL", help="draw everything that this instrument read")
+    p.add_argument(
+        "--out", metavar="FILE", help="where to write it (default: figures/panel.png of the run, or figures/LABEL.png)"
+    )
     p.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="without --out (default: png)")
     p.add_argument("--json", action="store_true", help="the path as JSON on stdout")
 

@@ -38,6 +38,6 @@ def parameter_states(
     for name, p, grad in zip(layout.names, layout.params, grads, strict=True):
         if id(p) in held:
             optimizer, group, index = held[id(p)]
-            state: Mapping[str, Any] = optimizer.state.get(p, {})  # never by [], which would create it
+            state = getattr(optimizer, "state", {}).get(p, {})  # never by [], which would create it
             found.append(ParameterState(name, p.detach(), grad, state, group, index, optimizer))
     return found

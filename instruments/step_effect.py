@@ -44,7 +44,7 @@ def step_effect(probe: "Probe", before: Sequence[Tensor]) -> StepEffect:
     g_D, u_D = g_D.double(), u_D.double()
     slope, norms = torch.dot(g_D, u_D), (u_D.norm(), g_D.norm())
     f0, f1, slope_, u, g = torch.stack([loss_before.double(), loss_after.double(), slope, *norms]).tolist()
-    eps = torch.finfo(probe.layout.dtype).eps
+    eps = max(torch.finfo(p.dtype).eps for p in probe.layout.params)  # the losses are in their precision
     return StepEffect(f0, f1, slope_, u, g, eps * (abs(f0) + abs(f1)))
 
 

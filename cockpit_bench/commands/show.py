@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cockpit_bench.runlog import Outcome, Run, read_run
+from cockpit_bench.runlog.brief import FEW, brief
 from cockpit_bench.runlog.codec import spell
 from cockpit_bench.runlog.folder import LOG
 
@@ -73,7 +74,8 @@ def _lines(run: Run) -> list[str]:
         lines.append(f"metric    {name}: last {series.values[-1]:.5g} at step {int(series.steps[-1])}")
     width = max((len(name) for name in run.instruments), default=0)
     for name in run.instruments:
-        lines.append(f"reading   {name:{width}}  {_reading_text(run, name)}")
+        first, *more = _reading_lines(run, name, width)
+        lines += [f"reading   {first}", *(" " * 10 + line for line in more)]
     if run.bad_lines:
         lines.append(f"log       {run.bad_lines} broken line(s) were left out")
     return lines
@@ -103,20 +105,32 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole > 0 else "?"
 
 
-def _reading_text(run: Run, name: str) -> str:
+def _reading_lines(run: Run, name: str, width: int) -> list[str]:
+    """Counts and the last values: numbers on one line, longer arrays on one each, and one of provenance."""
     facts = _last(run, name)
     counts = ", ".join(f"{count} {status}" for status, count in facts["readings"].items() if count)
     if "values" not in facts:
-        return f"[{counts}] {facts.get('reason', '')}"
-    values = []
-    for key, value in facts["values"].items():
+        return [f"{name:{width}}  [{counts}] {facts.get('reason', '')}"]
+    declared = run.declared(name)
+    short = {key: brief(value, declared.get(key, {}).get("kind", "")) for key, value in facts["values"].items()}
+    long = [key for key, value in facts["values"].items() if isinstance(value, list) and _long(value)]
+    numbers = []
+    for key in (key for key in short if key not in long):
         doubt = facts["stderr"].get(key, math.nan)
-        values.append(f"{key} {_number(value)}" + (f" ± {doubt:.2g}" if math.isfinite(doubt) else ""))
-    provenance = ", ".join(f"{key} {value}" for key, value in facts["provenance"].items() if value is not None)
-    return f"[{counts}] step {facts['step']}: {', '.join(values)}  ({provenance})"
+        numbers.append(f"{key} {short[key]}" + (f" ± {doubt:.2g}" if math.isfinite(doubt) else ""))
+    arrays = [f"{key}: {short[key]}" for key in long]
+    provenance = ", ".join(_fact(key, value) for key, value in facts["provenance"].items() if value is not None)
+    first = f"{name:{width}}  [{counts}] step {facts['step']}: {', '.join(numbers)}".rstrip(": ")
+    return [first, *("  " + line for line in (*arrays, f"({provenance})" if provenance else "") if line)]
 
 
-def _number(value: Any) -> str:
+def _long(values: list[Any]) -> bool:
+    """More than fits between numbers on a line."""
+    return len(values) > FEW or any(isinstance(value, list) for value in values)
+
+
+def _fact(key: str, value: Any) -> str:
+    """A fact of provenance; of a list of names their number."""
     if isinstance(value, list):
-        return "[" + " ".join(map(_number, value[:4])) + (" ...]" if len(value) > 4 else "]")
-    return f"{value:.4g}"
+        return f"{key} {len(value)}"
+    return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"

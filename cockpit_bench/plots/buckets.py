@@ -12,6 +12,7 @@ from cockpit_bench.runlog import Reading, Run
 
 SMALLEST = 5e-4  # of the whole: less is not drawn
 FEWEST_ROWS = 8  # fewer bars are not drawn wider
+MOST_ROWS = 22  # of more instruments the cheapest are added up
 NAME_WIDTH = 15  # characters, then a name goes on in a second line
 
 
@@ -22,6 +23,10 @@ def buckets(ax: Any, seconds: Mapping[str, float], tax: Mapping[str, float]) -> 
     rows += [(name, seconds[name], ORANGE) for name in aside]
     known = sum(tax.values())
     taxed = sorted(tax.items(), key=lambda item: -item[1])
+    room = MOST_ROWS - len(rows) - 1
+    if len(taxed) > room:
+        rest = [value for _, value in taxed[room - 1 :]]
+        taxed = [*taxed[: room - 1], (f"{len(rest)} other instruments", sum(rest))]
     rows += [(label.rpartition("/")[2].replace("_", " "), value, ORANGE) for label, value in taxed]
     rows.append(("observe, the rest", max(0.0, seconds.get("observe", 0.0) - known), ORANGE))
     whole = sum(value for _, value, _ in rows)

@@ -34,31 +34,40 @@ def scalar(ax: Any, series: Series, colour: str, label: str, *, positive: bool =
         return False
     y = np.where(shown, values, np.nan)
     ax.plot(steps, y, color=colour, linewidth=1.4, label=label, **_marker(shown))
-    certain = np.isfinite(stderr) & shown
-    if certain.any():
-        low = np.where(certain, y - stderr, np.nan)
-        floor = np.nanmin(y) / 2 if positive else -np.inf
-        high = np.where(certain, y + stderr, np.nan)
-        ax.fill_between(steps, np.maximum(low, floor), high, color=colour, alpha=0.2, lw=0)
+    _band(ax, steps, y, stderr, colour, positive=positive)
     return True
 
 
+def _band(ax: Any, steps: Steps, y: Floats, stderr: Floats, colour: str, *, positive: bool) -> None:
+    """One standard error to each side of a curve, where there is one; cut off below on a logarithmic axis."""
+    certain = np.isfinite(stderr) & np.isfinite(y)
+    if not certain.any():
+        return
+    low, high = (np.where(certain, edge, np.nan) for edge in (y - stderr, y + stderr))
+    floor = np.nanmin(y) / 2 if positive else -np.inf
+    ax.fill_between(steps, np.maximum(low, floor), high, color=colour, alpha=0.2, lw=0)
+
+
 def smooth(ax: Any, series: Series, colour: str, label: str, *, positive: bool = False) -> bool:
-    """A noisy curve: the values faint, and their running median over a fiftieth of the run on top."""
+    """A noisy curve: the values faint, and their running median over a fiftieth of the run on top.
+
+    The band round the median is the standard error of one reading, as a running median too.
+    """
     values = np.asarray(series.values, dtype=np.float64)
+    width = int(np.count_nonzero(series.status == "ok")) // 50
+    if width < 3:
+        return scalar(ax, series, colour, label, positive=positive)
     read = series.status == "ok"
-    steps, values = series.steps[read], values[read]
+    steps, values, stderr = series.steps[read], values[read], series.stderr[read]
     shown = drawable(values, positive=positive)
     mark_missing(ax, series, steps[~shown])
     if not shown.any():
         return False
-    width = len(values) // 50
     y = np.where(shown, values, np.nan)
-    if width < 3:
-        ax.plot(steps, y, color=colour, linewidth=1.4, label=label, **_marker(shown))
-        return True
+    middle = running_median(y, width)
     ax.plot(steps, y, color=colour, linewidth=0.6, alpha=0.35)
-    ax.plot(steps, running_median(y, width), color=colour, linewidth=1.6, label=label, **_marker(shown))
+    ax.plot(steps, middle, color=colour, linewidth=1.6, label=label, **_marker(shown))
+    _band(ax, steps, middle, running_median(stderr, width), colour, positive=positive)
     return True
 
 

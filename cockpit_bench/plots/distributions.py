@@ -3,13 +3,15 @@
 Shapes: S = readings, K = bins of a histogram or points of a spectrum's grid.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import FixedLocator
 
 from cockpit_bench.plots.curves import Floats, mark_missing
 from cockpit_bench.plots.style import BLUE, FAINT, INK, TEXT_SIZE
@@ -17,6 +19,8 @@ from cockpit_bench.runlog import Series
 
 COLOURS = "viridis"  # dark to light, read alike by the colour-blind
 DEEPEST = 1e-8  # of the highest density: what is below is not drawn
+TICKS = 5  # at most, to each side of zero on an axis that is logarithmic to both
+MIDDLE = 0.5  # decades that half of the linear middle of such an axis takes
 EVEN = 10.0  # bins whose widths differ by less than this factor are drawn on a linear axis
 
 
@@ -34,7 +38,7 @@ def histogram(ax: Any, series: Series) -> bool:
         return False
     bins = [tuple(table[0]) if table is not None and one else None for table, one in zip(tables, drawn, strict=True)]
     counts = [table[1] if table is not None else np.zeros(0) for table in tables]
-    log = _scale(ax, [np.array(limits) for limits in dict.fromkeys(bins) if limits is not None]) == "log"
+    log = set_scale(ax, "y", [np.array(limits) for limits in dict.fromkeys(bins) if limits is not None]) == "log"
     norm = LogNorm(1, max(2.0, *(float(counts[at].max()) for at in np.flatnonzero(drawn))))
     times = _halfway(series.steps)
     mesh = None
@@ -45,10 +49,15 @@ def histogram(ax: Any, series: Series) -> bool:
             across = times[where[0] : where[-1] + 2]
             edges = closed(np.array(limits), log=log)
             mesh = ax.pcolormesh(across, edges, counts_KS, norm=norm, cmap=COLOURS)
+    colour_bar(ax, mesh)
+    return True
+
+
+def colour_bar(ax: Any, mesh: Any) -> None:
+    """What the colours of a heat map of counts mean."""
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02)
     bar.set_label("count", fontsize=TEXT_SIZE, color=INK)
     bar.ax.tick_params(labelsize=TEXT_SIZE, colors=INK)
-    return True
 
 
 def spectrum(ax: Any, series: Series) -> bool:
@@ -82,17 +91,23 @@ def closed(limits_K: Floats, *, log: bool = False) -> Floats:
     return np.exp(edges) if log else edges
 
 
-def _scale(ax: Any, every_limits: Sequence[Floats]) -> str:
+def set_scale(ax: Any, which: Literal["x", "y"], every_limits: Sequence[Floats]) -> str:
     """Linear for bins of about equal width, else logarithmic, to both sides of zero where there are negative limits."""
+    axis, scale = (ax.xaxis, ax.set_xscale) if which == "x" else (ax.yaxis, ax.set_yscale)
     inner = [limits[np.isfinite(limits)] for limits in every_limits]
     widths = [np.diff(limits) for limits in inner if len(limits) > 2]
     if all(width.max() <= EVEN * width.min() for width in widths):
         return "linear"
     limits = np.unique(np.concatenate(inner))
     if limits[0] > 0:
-        ax.set_yscale("log")
+        scale("log")
         return "log"
-    ax.set_yscale("symlog", linthresh=float(np.abs(limits[limits != 0]).min()))
+    sizes = np.abs(limits[limits != 0])
+    scale("symlog", linthresh=float(sizes.min()), linscale=MIDDLE)
+    low, high = math.ceil(math.log10(sizes.min())), math.floor(math.log10(sizes.max()))
+    stride = max(1, math.ceil((high - low + 1) / TICKS))
+    powers = 10.0 ** np.array([n for n in range(high, low - 1, -stride) if n + 1 - low > stride / 2])  # clear of zero
+    axis.set_major_locator(FixedLocator([*-powers, 0.0, *powers[::-1]]))
     return "symlog"
 
 

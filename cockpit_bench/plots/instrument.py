@@ -9,26 +9,28 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cockpit_bench.plots import curves, distributions, layers
+from cockpit_bench.plots import curves, distributions, grids, layers
 from cockpit_bench.plots.style import BLUE, INK, NOTE_SIZE, TEXT_SIZE, legend, log_ticks, nothing, prepare
-from cockpit_bench.runlog import Run, Series
+from cockpit_bench.runlog import Readings, Run, Series
 
 PANE = (6.5, 3.6)  # inches an axis
 DPI = 100
 KEYS_WIDTH = 80  # characters over an axis
+LINES = ("scalar", "per-group", "per-layer", "per-module")  # kinds that are curves over the steps
 DECADES = 2.0  # a positive output that spans more gets a logarithmic axis
 
 
 def instrument_figure(run: Run, label: str) -> Figure:
     """A picture of one instrument of a run, for any instrument, third-party ones included.
 
-    The log's header says of what kind each output is: a scalar is a curve with its standard error, a per-group or
-    per-layer output a line an entry, a histogram a heat map, a spectrum the density of its last reading. Outputs of a
-    log without declarations are drawn by their shape. Raises KeyError with the nearest labels for one that the run does
-    not have. The size follows from the number of outputs; pyplot is not touched.
+    The log's header says of what kind each output is: a scalar is a curve with its standard error, a per-group,
+    per-layer or per-module output a line an entry, a histogram a heat map over the steps, a spectrum the density and a
+    grid the counts of its last reading. Outputs of a log without declarations are drawn by their shape. Raises KeyError
+    with the nearest labels for one that the run does not have. The size follows from the number of outputs; pyplot is
+    not touched.
     """
     readings = run[label]
-    declared = _declared(run, label)
+    declared = run.declared(label)
     names = [*(name for name in declared if name in readings), *(name for name in readings if name not in declared)]
     columns = min(3, max(1, math.ceil(math.sqrt(len(names)))))
     rows = max(1, math.ceil(len(names) / columns))
@@ -38,7 +40,7 @@ def instrument_figure(run: Run, label: str) -> Figure:
     for ax in axes[len(names) :]:
         ax.axis("off")
     for ax, name in zip(axes, names, strict=False):
-        _draw(ax, run, readings[name], name, declared.get(name, {}))
+        _draw(ax, run, readings, name, declared.get(name, {}))
     if not names:
         axes[0].axis("on")
         last = readings.readings[-1]
@@ -48,26 +50,23 @@ def instrument_figure(run: Run, label: str) -> Figure:
     return figure
 
 
-def _declared(run: Run, label: str) -> Mapping[str, Any]:
-    instruments = run.header.extra.get("instruments", {}) if run.header else {}
-    outputs: Mapping[str, Any] = instruments.get(label, {}).get("outputs", {})
-    return outputs
-
-
 def _counts(run: Run, label: str) -> str:
     statuses = [reading.status for reading in run[label].readings]
     return ", ".join(f"{statuses.count(name)} {name}" for name in dict.fromkeys(statuses))
 
 
-def _draw(ax: Any, run: Run, series: Series, name: str, declared: Mapping[str, Any]) -> None:
+def _draw(ax: Any, run: Run, readings: Readings, name: str, declared: Mapping[str, Any]) -> None:
     """One output; it says so when no value of it can be drawn."""
+    series = readings[name]
     kind = declared.get("kind") or _kind_of(series)
     unit = str(declared.get("unit", ""))
     meaning = textwrap.shorten(str(declared.get("meaning", "")), KEYS_WIDTH, placeholder=" ...")
-    log = _wide(series) if kind in ("scalar", "per-group", "per-layer") else False
+    log = _wide(series) if kind in LINES else False
     prepare(ax, name, "" if unit == "1" or kind == "spectrum" else unit, log=log)
     ax.set_xlabel(f"eigenvalue, {unit}" if kind == "spectrum" else "optimizer step", fontsize=TEXT_SIZE, color=INK)
-    if not _by_kind(ax, run, series, kind, meaning or name, positive=log):
+    if kind in LINES:
+        _over(ax, series)
+    if not _by_kind(ax, run, readings, name, kind, meaning or name, positive=log):
         nothing(ax, f"{name}: no value that can be drawn as {kind}")
         return
     edge = declared.get("edge")
@@ -77,18 +76,21 @@ def _draw(ax: Any, run: Run, series: Series, name: str, declared: Mapping[str, A
         curves.limit(ax, [np.asarray(series.values)], edge)
     if kind != "scalar":
         ax.set_title(meaning, loc="right", fontsize=NOTE_SIZE, color=INK)
-    if kind != "spectrum":
+    if kind in LINES or kind == "histogram":
         log_ticks(ax)
     legend(ax, width=KEYS_WIDTH)
 
 
-def _by_kind(ax: Any, run: Run, series: Series, kind: str, meaning: str, *, positive: bool) -> bool:
+def _by_kind(ax: Any, run: Run, readings: Readings, name: str, kind: str, meaning: str, *, positive: bool) -> bool:
+    series = readings[name]
     match kind:
         case "scalar":
             doubt = ", ± standard error" if np.isfinite(series.stderr).any() else ""
             return curves.scalar(ax, series, BLUE, meaning + doubt, positive=positive)
         case "per-layer":
             return layers.lines(ax, series, layers.names_in(run), positive=positive)
+        case "per-module":
+            return layers.lines(ax, *layers.by_module(series, readings.readings), positive=positive)
         case "per-group":
             count = layers.stacked(series)[1].shape[1]
             return layers.lines(ax, series, [f"group {index}" for index in range(count)], positive=positive)
@@ -96,7 +98,17 @@ def _by_kind(ax: Any, run: Run, series: Series, kind: str, meaning: str, *, posi
             return distributions.histogram(ax, series)
         case "spectrum":
             return distributions.spectrum(ax, series)
+        case "grid":
+            marginals = {other: readings[other] for other in readings if other != name}
+            return grids.grid(ax, series, marginals)
     return False
+
+
+def _over(ax: Any, series: Series) -> None:
+    """All steps at which a reading was due, those that only have a mark included."""
+    first, last = int(series.steps[0]), int(series.steps[-1])
+    margin = 0.03 * (last - first) or 0.5
+    ax.set_xlim(first - margin, last + margin)
 
 
 def _kind_of(series: Series) -> str:

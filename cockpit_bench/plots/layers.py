@@ -1,9 +1,10 @@
-"""Outputs with one entry a layer or a parameter group: a line each, or the band between the least and the largest.
+"""Outputs with one entry a layer, module or parameter group: a line each, or the band between least and largest.
 
 Shapes: S = readings that were taken, L = entries of a reading.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -11,7 +12,8 @@ import numpy as np
 
 from cockpit_bench.plots.curves import Floats, Steps, drawable, mark_missing
 from cockpit_bench.plots.style import CYCLE
-from cockpit_bench.runlog import Run, Series
+from cockpit_bench.runlog import Reading, Run, Series
+from cockpit_bench.runlog.modules import names_of
 
 MOST_KEYS = 8  # in a legend; lines beyond are told apart by their shade
 SHADES = "viridis"  # dark to light, read alike by the colour-blind: first layer dark, last light
@@ -58,6 +60,20 @@ def spread(ax: Any, series: Series, colour: str, label: str, *, positive: bool =
     low, high = np.where(some, low, np.nan), np.where(some, high, np.nan)
     ax.fill_between(steps, low, high, color=colour, alpha=0.18, lw=0, label=label)
     return True
+
+
+def by_module(series: Series, readings: Sequence[Reading]) -> tuple[Series, list[str]]:
+    """A per-module output with one place for each module that was ever named, in the order of appearance.
+
+    Readings may list different modules: one that a reading does not have is NaN there.
+    """
+    rows = [
+        dict(zip(names_of(reading, len(value)), value, strict=True)) if np.ndim(value) == 1 else None
+        for reading, value in zip(readings, series.values, strict=True)
+    ]
+    names = list(dict.fromkeys(name for row in rows if row is not None for name in row))
+    values = [None if row is None else np.array([row.get(name, np.nan) for name in names]) for row in rows]
+    return replace(series, values=values), names
 
 
 def names_in(run: Run) -> list[str]:

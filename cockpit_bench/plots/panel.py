@@ -17,6 +17,8 @@ from cockpit_bench.plots.buckets import buckets, spent
 from cockpit_bench.plots.panes import PANES, PROGRESS, Pane
 from cockpit_bench.plots.style import CYCLE, GREEN, INK, SHADE, TEXT_SIZE, legend, log_ticks, nothing, prepare
 from cockpit_bench.runlog import Run, Series
+from cockpit_bench.runlog.page import headline
+from cockpit_bench.tables import share
 
 WIDTH, HEIGHT, DPI = 16.0, 10.0, 100  # 1600 x 1000 pixels
 ACROSS = 3  # panes in a row
@@ -51,7 +53,7 @@ def panel(run: Run) -> Figure:
         ax.set_xlabel("optimizer step", fontsize=TEXT_SIZE, color=INK)
     clock(CLOCK.axes(figure), run)
     key(KEY.axes(figure), run, curves.marks_in(drawn))
-    figure.suptitle(headline(run), x=0.006, y=0.985, ha="left", fontsize=13, color=INK)
+    figure.suptitle(headline(run) + _on_top(run), x=0.006, y=0.985, ha="left", fontsize=13, color=INK)
     return figure
 
 
@@ -89,18 +91,10 @@ def _draw_row(figure: Figure, row: Row, run: Run, index: int, count: int) -> lis
     return axes
 
 
-def headline(run: Run) -> str:
-    """What was run and how it ended, in one line."""
-    trial = run.trial
-    what = f"{trial['workload']}, {trial['algorithm']}, seed {trial['seed']}" if trial else run.folder.name
+def _on_top(run: Run) -> str:
+    """What observing a run that has ended took, as a share of its training time."""
     outcome = run.outcome
-    if outcome is None:
-        return f"{what}: {run.status.get('state', 'not closed')}"
-    text = f"{what}: {outcome.status}"
-    if outcome.hit_step is not None and outcome.hit_seconds is not None:
-        text += f" at step {outcome.hit_step}, {outcome.hit_seconds:.3g} s of training"
-    share = sum(outcome.tax.values()) / outcome.seconds if outcome.seconds > 0 else float("nan")
-    return f"{text}; {outcome.step} steps in {outcome.seconds:.3g} s of training, observation {share:.1%} on top"
+    return "" if outcome is None else f", observation {share(sum(outcome.tax.values()), outcome.seconds)} on top"
 
 
 def metric(ax: Any, run: Run) -> None:
@@ -129,7 +123,7 @@ def draw(ax: Any, run: Run, pane: Pane) -> None:
     readings: Mapping[str, Series] = run.get(pane.instrument, {})
     found = {output: readings[output] for output in pane.curves if output in readings}
     log = pane.log and any((np.asarray(series.values) > 0).any() for series in found.values())
-    declared = unit(run, pane.instrument, next(iter(pane.curves)))
+    declared = run.unit(pane.instrument, next(iter(pane.curves)))
     prepare(ax, pane.title, declared if pane.unit is None else pane.unit, log=log)
     drawn = [
         _curve(ax, series, colour, pane.curves[output], noisy=pane.noisy, positive=log)
@@ -183,13 +177,6 @@ def why_empty(run: Run, label: str, found: Mapping[str, Series]) -> str:
     if bad and not found:
         return f"{label} {bad[-1].status}:\n" + textwrap.fill(bad[-1].reason[:160], 40)
     return f"{label}: no finite value"
-
-
-def unit(run: Run, label: str, output: str) -> str:
-    """The declared unit, where it says something."""
-    declared = run.header.extra.get("instruments", {}) if run.header else {}
-    text = str(declared.get(label, {}).get("outputs", {}).get(output, {}).get("unit", ""))
-    return "" if text == "1" else text
 
 
 def clock(ax: Any, run: Run) -> None:

@@ -51,7 +51,8 @@ PANES = (
     ),
     Pane(
         GRADIENT, "Signal to noise", "gradient/signal_to_noise",
-        {"aggregate": "whole gradient", "median": "median coordinate"}, noisy=True, edge=(0.0, "all noise"),
+        {"aggregate": "whole gradient, ± standard error", "median": "median coordinate"},
+        noisy=True, edge=(0.0, "all noise"),
     ),
     Pane(
         CURVATURE, "Sharpness", "curvature/sharpness", {"sharpness": "λ_max of the Hessian"},

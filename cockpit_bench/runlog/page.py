@@ -4,6 +4,7 @@ import html
 import math
 from typing import Any
 
+from cockpit_bench.runlog.brief import brief
 from cockpit_bench.runlog.reading import Outcome, Reading
 from cockpit_bench.runlog.run import Run
 from cockpit_bench.tables import duration, html_table, share
@@ -14,11 +15,11 @@ HEAD = ("instrument", "output", "last value", "±", "unit", "step", "readings", 
 def page(run: Run) -> str:
     """Headline, outcome, one table row an output, and notes on what was skipped or failed. Escaped throughout."""
     rows = [HEAD, *(row for label in run.instruments for row in _rows(run, label))]
-    parts = [f"<h4>{html.escape(_headline(run))}</h4>", *(f"<p>{html.escape(line)}</p>" for line in _facts(run))]
+    parts = [f"<h4>{html.escape(headline(run))}</h4>", *(f"<p>{html.escape(line)}</p>" for line in _facts(run))]
     return "<div>" + "".join(parts) + (html_table(rows) if len(rows) > 1 else "<p>nothing was read</p>") + "</div>"
 
 
-def _headline(run: Run) -> str:
+def headline(run: Run) -> str:
     """What was run, how it ended and after how long."""
     trial, outcome = run.trial, run.outcome
     what = f"{trial['workload']}, {trial['algorithm']}, seed {trial['seed']}" if trial else run.folder.name
@@ -62,15 +63,11 @@ def _rows(run: Run, label: str) -> list[tuple[str, ...]]:
 
 def _row(run: Run, label: str, reading: Reading, output: str) -> tuple[str, ...]:
     doubt = reading.stderr.get(output, math.nan)
-    unit, step = _unit(run, label, output), str(reading.step)
-    return ("", output, _text(reading.values[output]), "" if math.isnan(doubt) else f"{doubt:.2g}", unit, step, "", "")
-
-
-def _unit(run: Run, label: str, output: str) -> str:
-    """As the instrument declared it; nothing for a pure number."""
-    declared = run.header.extra.get("instruments", {}) if run.header is not None else {}
-    unit = str(declared.get(label, {}).get("outputs", {}).get(output, {}).get("unit", ""))
-    return "" if unit == "1" else unit
+    kind = run.declared(label).get(output, {}).get("kind")
+    value = reading.values[output]
+    text = brief(value, kind) if kind in ("histogram", "spectrum", "grid") else _text(value)
+    error, unit = "" if math.isnan(doubt) else f"{doubt:.2g}", run.unit(label, output)
+    return ("", output, text, error, unit, str(reading.step), "", "")
 
 
 def _tax(outcome: Outcome | None, label: str | None) -> str:

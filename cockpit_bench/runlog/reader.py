@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from cockpit_bench.runlog.codec import parse, parse_line, record_of
 from cockpit_bench.runlog.folder import ENVIRONMENT, LOG, STATUS, TRIAL
 from cockpit_bench.runlog.header import Header, SchemaError, header_of
+from cockpit_bench.runlog.modules import ModuleNames
 from cockpit_bench.runlog.reading import Event, Outcome, Record
 from cockpit_bench.runlog.run import Run
 
@@ -57,6 +58,7 @@ class Follower:
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._head = b""
+        self._modules = ModuleNames()
 
     def poll(self) -> list[Record]:
         """New records that still count among each other; none while the file does not exist.
@@ -87,7 +89,7 @@ class Follower:
         if self._identity is not None:
             self.restarts += 1
         self._identity, self._offset, self._head = identity, 0, b""
-        self.header, self.bad_lines = None, 0
+        self.header, self.bad_lines, self._modules = None, 0, ModuleNames()
 
     def _take(self, whole: bytes) -> list[Record]:
         records, header, bad_lines = [], self.header, 0
@@ -100,7 +102,7 @@ class Follower:
                     found = header_of(body)
                     header = header or found
                 elif (record := record_of(body)) is not None:
-                    records.append(record)
+                    records.append(self._modules.restored(record))
             except SchemaError:
                 raise
             except ValueError:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Value = float | int | list[Any] | npt.NDArray[np.generic]
-Fact = str | int | float | bool | None
+Fact = str | int | float | bool | list[str] | None
 Status = Literal["ok", "skipped", "failed"]
 Source = Literal["evaluation", "user"]
 Ending = Literal["hit", "miss", "done", "diverged", "out_of_memory", "error", "timeout", "interrupted"]
@@ -23,7 +23,8 @@ class Reading:
 
     `step` is the number of the step about to be taken. `values` and `stderr` are keyed by output name; `cost` has
     `seconds`, `products` (operator-vector products) and `gradients` (forward + backward passes). A reading that was
-    due but not taken is `skipped`, one that broke is `failed`; both say why in `reason`.
+    due but not taken is `skipped`, one that broke is `failed`; both say why in `reason`. Values with one entry a module
+    are in the order of the names in `provenance["modules"]`.
     """
 
     instrument: str

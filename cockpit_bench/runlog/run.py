@@ -128,11 +128,27 @@ class Run(Mapping[str, Readings]):
         """All events, in the order they were written."""
         return [record for record in self.records if isinstance(record, Event)]
 
-    def plot(self) -> Any:
-        """The panel picture, a matplotlib Figure of 1600 x 1000 pixels (a notebook shows it)."""
-        from cockpit_bench.plots.panel import panel  # matplotlib is imported by who draws
+    def declared(self, instrument: str) -> Mapping[str, Mapping[str, Any]]:
+        """What the log says of its outputs: name -> unit, meaning, kind, edge; empty where it says nothing."""
+        instruments = self.header.extra.get("instruments", {}) if self.header is not None else {}
+        outputs: Mapping[str, Mapping[str, Any]] = instruments.get(instrument, {}).get("outputs", {})
+        return outputs
 
-        return shown(panel(self))
+    def unit(self, instrument: str, output: str) -> str:
+        """The declared unit; nothing for a pure number."""
+        text = str(self.declared(instrument).get(output, {}).get("unit", ""))
+        return "" if text == "1" else text
+
+    def plot(self, instrument: str | None = None) -> Any:
+        """The panel picture, or everything that one instrument read, as a matplotlib Figure (a notebook shows it).
+
+        The panel has 1600 x 1000 pixels, the picture of an instrument as many as its outputs need. KeyError with the
+        nearest labels for an instrument that the run does not have.
+        """
+        from cockpit_bench.plots.instrument import instrument_figure  # matplotlib is imported by who draws
+        from cockpit_bench.plots.panel import panel
+
+        return shown(panel(self) if instrument is None else instrument_figure(self, instrument))
 
     def _repr_html_(self) -> str:
         """What a notebook shows of a run: no picture, and nothing to install for it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cockpit_bench.runlog.codec import encode, parse_line
 from cockpit_bench.runlog.header import Header, SchemaError, encode_header, header_of
+from cockpit_bench.runlog.modules import ModuleNames
 from cockpit_bench.runlog.reading import Record
 
 
@@ -25,6 +26,7 @@ class LogWriter:
     def __init__(self, path: str | os.PathLike[str], header: Header, *, sync_seconds: float = 5.0) -> None:
         self.path = Path(path)
         self._sync_seconds = sync_seconds
+        self._modules = ModuleNames()
         _check_schema(self.path)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -36,10 +38,14 @@ class LogWriter:
             raise
 
     def write(self, record: Record) -> None:
-        """Append one record. OSError when it did not fit: it is lost, and the next one starts on its own line."""
+        """Append one record, and before it the names of its modules where they are new.
+
+        OSError when it did not fit: it is lost, and the next one starts on its own line.
+        """
         if self._fd < 0:
             raise ValueError(f"expected an open log, got {self.path} after close(); open it again to continue it")
-        self._append(encode(record))
+        for part in self._modules.shortened(record):
+            self._append(encode(part))
 
     def _append(self, text: str) -> None:
         line = b"\n" * self._torn + text.encode("ascii") + b"\n"

@@ -10,6 +10,7 @@ from cockpit_bench.runlog import Event, Outcome, Reading, Record
 WIDTH = 79
 LABEL = 40
 SMALL = 0.001  # of the training time: what took less is one line together
+MOST = 12  # instruments with a line each; what took less than they did joins that line
 
 
 @dataclass
@@ -47,7 +48,7 @@ def _ending(outcome: Outcome, target: str | None) -> str:
 
 
 def _tax_lines(outcome: Outcome) -> list[str]:
-    """Largest first; what took next to nothing and was never skipped is added up."""
+    """Largest first; what took next to nothing, or less than the dozen above, and was never skipped is added up."""
     taxes = {label: finite(seconds) or 0.0 for label, seconds in outcome.tax.items()}
     total = ratio(sum(taxes.values()), outcome.seconds)
     skipped = sum(outcome.skips.values())
@@ -56,12 +57,13 @@ def _tax_lines(outcome: Outcome) -> list[str]:
     lines = [f"tax      {total:.1%} of the training time" + (f", {skipped} readings skipped" if skipped else "")]
     labels = sorted({**dict.fromkeys(outcome.skips, 0.0), **taxes}, key=lambda name: -taxes.get(name, 0.0))
     shares = {label: taxes.get(label, 0.0) / outcome.seconds for label in labels}
-    small = [label for label in labels if shares[label] < SMALL and label not in outcome.skips]
+    least = max(SMALL, shares[labels[MOST - 1]] if len(labels) > MOST else 0.0)
+    small = [label for label in labels if shares[label] < least and label not in outcome.skips]
     for label in labels if len(small) == 1 else [label for label in labels if label not in small]:
         skips = f"{outcome.skips[label]} skipped" if label in outcome.skips else ""
         lines.append(f"{shares[label]:14.1%}  {shortened(label):{LABEL}}  {skips:>15}".rstrip())
     if len(small) > 1:
-        lines.append(f"{sum(shares[label] for label in small):14.1%}  {len(small)} more, each below {SMALL:.1%}")
+        lines.append(f"{sum(shares[label] for label in small):14.1%}  {len(small)} more, each below {least:.1%}")
     return lines
 
 

@@ -1,6 +1,6 @@
 """Records as TensorBoard scalars and histograms with grouped tags; the log stays the truth, this is a view of it.
 
-Shapes: L = layers or parameter groups, K = bins.
+Shapes: L = layers, modules or parameter groups, K = bins.
 """
 
 import json
@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from cockpit_bench.runlog import Event, Metrics, Outcome, Reading, Record
 from cockpit_bench.runlog.codec import spell
+from cockpit_bench.runlog.modules import names_of
 from cockpit_bench.sinks.sink import Sink
 
 LONGEST_VECTOR = 8  # of a value that no instrument declared
-MOST_ENTRIES = 40  # layers or parameter groups that get a tag each
+MOST_ENTRIES = 40  # layers, modules or parameter groups that get a tag each
 RHO, SHARPNESS = "curvature/preconditioned_sharpness", "curvature/sharpness"
 Floats = npt.NDArray[np.float64]
 Point = tuple[str, float]  # tag, number
@@ -26,10 +27,11 @@ class TensorBoardSink(Sink):
     """Writes one event file. Tags:
 
     `<instrument>/<output>` and `<instrument>/<output>_stderr`; `<instrument>/<output>/<layer>` for each layer, by the
-    names in the event `layers`, and `<instrument>/<output>/<index>` for each parameter group. An output with more than
-    `most_entries` of them is sent as `/min`, `/median` and `/max` over those that are not NaN, and a text says so,
-    once. A histogram is sent as it was binned; a spectrum is left to the log. An output that is not declared is sent as
-    a scalar, or `/0`, `/1` for a vector of at most 8 entries.
+    names in the event `layers`, `<instrument>/<output>/<module>` for each module that a reading names, and
+    `<instrument>/<output>/<index>` for each parameter group. An output with more than `most_entries` of them is sent as
+    `/min`, `/median` and `/max` over those that are not NaN, and a text says so, once. A histogram is sent as it was
+    binned; spectra and grids are left to the log. An output that is not declared is sent as a scalar, or `/0`, `/1` for
+    a vector of at most 8 entries.
 
     `metrics/<name>` for evaluations, `user/<name>` for the user's own scalars, `events/<name>` as text, and with every
     evaluation `tax/<instrument>`, the seconds that the instrument has taken so far. `purge_step` hides the points that
@@ -92,36 +94,44 @@ class TensorBoardSink(Sink):
                 if (reading.instrument, name) == (SHARPNESS, "edge") and np.isnan(value):
                     continue  # this optimizer has no edge; TensorBoard would draw NaN at 0
                 kind = self._kinds.get((reading.instrument, name), "undeclared")
-                points += self._points_of(f"{reading.instrument}/{name}", kind, value, reading.step)
+                points += self._points_of(reading, name, kind, value)
             points += [(f"{reading.instrument}/{name}_stderr", doubt) for name, doubt in reading.stderr.items()]
             self._send(points, reading.step)
         if "seconds" in reading.cost:
             self._tax[reading.instrument] = self._tax.get(reading.instrument, 0.0) + reading.cost["seconds"]
 
-    def _points_of(self, tag: str, kind: str, value: Any, step: int) -> Iterable[Point]:
+    def _points_of(self, reading: Reading, name: str, kind: str, value: Any) -> Iterable[Point]:
         """One output in the form of its kind; what does not have the shape of its kind is left to the log."""
+        tag, step = f"{reading.instrument}/{name}", reading.step
         match kind:
             case "histogram":
                 table = _numbers(value)
                 if table is not None and table.ndim == 2 and table.shape[0] == 2 and table[1].sum() > 0:
                     self._writer.add_histogram_raw(tag, global_step=step, **binned(*table))
                 return []
-            case "per-layer" | "per-group":
+            case "per-layer" | "per-module" | "per-group":
                 entries = _numbers(value)
-                return self._entries(tag, kind, entries, step) if entries is not None and entries.ndim == 1 else []
-            case "spectrum":
+                if entries is None or entries.ndim != 1:
+                    return []
+                return self._entries(tag, entries, self._names(reading, kind, len(entries)), step)
+            case "spectrum" | "grid":
                 return []
         return _points(tag, value)
 
-    def _entries(self, tag: str, kind: str, values_L: Floats, step: int) -> Iterable[Point]:
+    def _names(self, reading: Reading, kind: str, count: int) -> list[str]:
+        """What the entries of an output are called; numbers where names are not known or do not fit."""
+        if kind == "per-module":
+            return names_of(reading, count)
+        named = kind == "per-layer" and len(self._layers) == count
+        return self._layers if named else [str(index) for index in range(count)]
+
+    def _entries(self, tag: str, values_L: Floats, names: Sequence[str], step: int) -> Iterable[Point]:
         """Every entry under its name, or their extremes and median where there are too many."""
         if len(values_L) > self._most_entries:
             self._say_shortened(tag, len(values_L), step)
             known = values_L[~np.isnan(values_L)]
             some = known if len(known) else np.array([np.nan])
             return [(f"{tag}/min", some.min()), (f"{tag}/median", np.median(some)), (f"{tag}/max", some.max())]
-        named = kind == "per-layer" and len(self._layers) == len(values_L)
-        names = self._layers if named else [str(index) for index in range(len(values_L))]
         return [(f"{tag}/{name}", number) for name, number in zip(names, values_L, strict=True)]
 
     def _send(self, points: Sequence[Point], step: int) -> None:
@@ -226,7 +236,7 @@ def _charts(about: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]
         edges["target"] = float(target["value"])
         charts[f"{target['metric']} and its target"] = ["Multiline", [f"metrics/{target['metric']}$", "edges/target"]]
     for label, name, kind in outputs:
-        if kind == "per-layer":
+        if kind in ("per-layer", "per-module"):
             charts[f"{label}/{name}"] = ["Multiline", [f"{label}/{name}/.*"]]
     if about.get("instruments"):
         charts["seconds of observation by instrument"] = ["Multiline", ["tax/.*"]]

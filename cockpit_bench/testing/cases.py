@@ -34,8 +34,8 @@ class ResidualPictures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 2, padding=1), nn.GroupNorm(2, 4)
-        self.branch, self.out = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, CLASSES)
+        self.first, self.norm = nn.Conv2d(1, 2, 2, padding=1), nn.GroupNorm(2, 2)
+        self.branch, self.out = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(2, CLASSES)
 
     def forward(self, x_NF: Tensor) -> Tensor:
         h = F.relu(self.norm(self.first(x_NF.reshape(len(x_NF), 1, 2, 3))))
@@ -46,7 +46,7 @@ class ResidualPictures(nn.Module):
 class TiedAttention(nn.Module):
     """Predicts the next token: causal attention, and an output layer that is the embedding."""
 
-    def __init__(self, width: int = 6) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.embedding, self.norm = nn.Embedding(VOCABULARY, width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, VOCABULARY, bias=False)
@@ -65,8 +65,8 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
-        self.first, self.out = nn.Linear(2, 4), nn.Linear(4, CLASSES)
+        self.layer = nn.TransformerEncoderLayer(2, 2, 3, dropout=0.0, batch_first=True)
+        self.first, self.out = nn.Linear(2, 2), nn.Linear(2, CLASSES)
 
     def forward(self, x_NF: Tensor) -> Tensor:
         out: Tensor = self.out(self.layer(self.first(x_NF.reshape(len(x_NF), 3, 2))).mean(1))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cockpit_bench.testing.cases import COVERING_CASES
-from cockpit_bench.testing.divergences import DIVERGENCES
-from cockpit_bench.testing.runs import SAVED_AT, STEPS, Meddle, Named, Watched, nothing, plain_run, resumed_run, watched_run
+from cockpit_bench.testing.divergences import DIVERGENCES, LEFT_ALONE, Meddling
+from cockpit_bench.testing.runs import SAVED_AT, STEPS, Named, Watched, plain_run, resumed_run, watched_run
 from cockpit_bench.testing.traces import differences
 from cockpit_bench.testing.training import Case
 from instruments.instrument import Instrument
@@ -48,8 +48,10 @@ def check_instrument(instrument: Instrument, cases: Sequence[Case] = COVERING_CA
     if not read:
         reasons = sorted(set(refusals.values()))
         raise AssertionError(f"{name} reads none of the cases, so that nothing can be checked: {'; '.join(reasons)}")
-    faults += examine_alone(instrument, read)
-    faults += [f"{read[0].name}: {fault}" for fault in examine_divergence({name: instrument}, read[0]).get(name, ())]
+    if not faults:
+        faults = examine_alone(instrument, read)
+        broken = examine_divergence({name: instrument}, read[0])
+        faults += [f"{read[0].name}: {fault}" for fault in broken.get(name, ())]
     if faults:
         raise AssertionError(f"{name} does not conform:\n" + "\n".join(f"  - {fault}" for fault in faults))
     return refusals
@@ -78,13 +80,13 @@ def examine_alone(instrument: Instrument, cases: Sequence[Case]) -> list[str]:
 def examine_divergence(instruments: Named, case: Case) -> dict[str, list[str]]:
     """Parameters, gradients, inputs or losses become NaN or infinite: observed to the end, and nothing is changed."""
     faults: dict[str, list[str]] = {}
-    for kind, (before, after) in DIVERGENCES.items():
-        run = watched_run(case, instruments, before=before, after=after)
+    for kind, meddling in DIVERGENCES.items():
+        run = watched_run(case, instruments, meddling=meddling)
         for label, seen in run.seen.items():
             faults.setdefault(label, []).extend(f"{kind}: {fault}" for fault in seen.faults)
         broken = [event for event in run.events if event.name == "observe_failed"]
-        if broken or differences(plain_run(case, before=before, after=after), run.traces):
-            culprit = _bisect(instruments, case, before, after)
+        if broken or differences(plain_run(case, meddling), run.traces):
+            culprit = _bisect(instruments, case, meddling)
             said = broken[0].detail["reason"] if broken else "training is another one with it"
             faults[culprit].append(f"{kind}: {said}")
     return {label: found for label, found in faults.items() if found}
@@ -103,12 +105,12 @@ def _testified(instruments: Named, *runs: Watched) -> dict[str, list[str]]:
     return faults
 
 
-def _bisect(instruments: Named, case: Case, before: Meddle = nothing, after: Meddle = nothing) -> str:
+def _bisect(instruments: Named, case: Case, meddling: Meddling = LEFT_ALONE) -> str:
     """The one of several that changes training or breaks the observation, in as many runs as they can be halved."""
-    plain, labels = plain_run(case, before=before, after=after), list(instruments)
+    plain, labels = plain_run(case, meddling), list(instruments)
     while len(labels) > 1:
         half = labels[: len(labels) // 2]
-        run = watched_run(case, {label: instruments[label] for label in half}, before=before, after=after)
+        run = watched_run(case, {label: instruments[label] for label in half}, meddling=meddling)
         broken = any(event.name == "observe_failed" for event in run.events)
         labels = half if broken or differences(plain, run.traces) else labels[len(labels) // 2 :]
     return labels[0]
@@ -149,7 +151,8 @@ def _wrong_prices(instrument: Instrument, cases: Sequence[Case]) -> list[str]:
     """What was counted is the mean over the readings of a short run, with the batches of curvature fixed."""
     name = type(instrument).__name__
     found = []
-    steps = CURVATURE_READINGS if instrument.needs & CURVATURES else STEPS
+    follows = instrument.needs & CURVATURES and instrument.init()
+    steps = CURVATURE_READINGS if follows else STEPS
     for case in cases:
         held = [case.batch(micro) for micro in range(case.accumulate)]
         seen = watched_run(case, {name: instrument}, probe=held, steps=steps).seen[name]

@@ -2,27 +2,23 @@
 
 import copy
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
 from cockpit_bench.cockpit import Cockpit
 from cockpit_bench.runlog import Event, Reading
+from cockpit_bench.testing.divergences import LEFT_ALONE, Meddling
 from cockpit_bench.testing.traces import state_of
 from cockpit_bench.testing.training import Case, Training
 from cockpit_bench.testing.witness import Testimony, witnessed
 from instruments.instrument import Instrument
 from instruments.view import Need
 
-STEPS, SAVED_AT = 4, 2
-Meddle = Callable[[Training, int], object]
+STEPS, SAVED_AT = 3, 2
 Named = Mapping[str, Instrument]
-
-
-def nothing(training: Training, step: int) -> None:
-    """The training as it is."""
 
 
 @dataclass
@@ -43,10 +39,16 @@ class Watched:
         ]
 
 
-def plain_run(case: Case, *, before: Meddle = nothing, after: Meddle = nothing) -> list[dict[str, Any]]:
+def quickened(instrument: Instrument) -> Instrument:
+    """With few random vectors and few steps of an iteration, where it has such settings: enough for a tiny model."""
+    settings = vars(instrument)
+    fewer = {name: min(settings[name], most) for name, most in (("probes", 2), ("steps", 8)) if name in settings}
+    return replace(cast(Any, instrument), **fewer) if fewer else instrument
+
+
+def plain_run(case: Case, meddling: Meddling = LEFT_ALONE) -> list[dict[str, Any]]:
     """The trace of every step without a cockpit."""
-    training = Training(case)
-    return _drive(training, None, 0, STEPS, before, after)
+    return _drive(Training(meddling.case(case)), None, 0, STEPS, meddling)
 
 
 def watched_run(
@@ -56,16 +58,15 @@ def watched_run(
     needs: frozenset[Need] | None = None,
     probe: Sequence[Any] | None = None,
     steps: int = STEPS,
-    before: Meddle = nothing,
-    after: Meddle = nothing,
+    meddling: Meddling = LEFT_ALONE,
 ) -> Watched:
-    """With every instrument at every step; `before` and `after` backward somebody may meddle with the training."""
+    """With every instrument at every step; somebody may meddle with the training."""
     seen = {label: Testimony() for label in instruments}
-    healthy = before is nothing and after is nothing
+    healthy = meddling is LEFT_ALONE
     slots = {label: witnessed(inner, seen[label], needs, healthy=healthy) for label, inner in instruments.items()}
-    training = Training(case)
+    training = Training(meddling.case(case))
     cockpit = _cockpit(training, slots, probe)
-    traces = _drive(training, cockpit, 0, steps, before, after)
+    traces = _drive(training, cockpit, 0, steps, meddling)
     cockpit.close()
     return _watched(traces, [cockpit], seen)
 
@@ -76,7 +77,7 @@ def resumed_run(case: Case, instruments: Named) -> Watched:
     fresh = copy.deepcopy(dict(instruments))
     first = Training(case)
     cockpit = _cockpit(first, {label: witnessed(inner, seen[label]) for label, inner in instruments.items()})
-    traces = _drive(first, cockpit, 0, SAVED_AT, nothing, nothing)
+    traces = _drive(first, cockpit, 0, SAVED_AT)
     saved = through_a_file(first.state_dict())
     state = _saved_state(cockpit, seen)
     cockpit.close()
@@ -84,7 +85,7 @@ def resumed_run(case: Case, instruments: Named) -> Watched:
     resumed = _cockpit(second, {label: witnessed(inner, seen[label]) for label, inner in fresh.items()})
     second.load_state_dict(saved)
     resumed.load_state_dict(state)
-    traces += _drive(second, resumed, SAVED_AT, STEPS, nothing, nothing)
+    traces += _drive(second, resumed, SAVED_AT, STEPS)
     resumed.close()
     return _watched(traces, [cockpit, resumed], seen)
 
@@ -121,17 +122,17 @@ def _cockpit(training: Training, instruments: Named, probe: Sequence[Any] | None
 
 
 def _drive(
-    training: Training, cockpit: Cockpit | None, begin: int, end: int, before: Meddle, after: Meddle
+    training: Training, cockpit: Cockpit | None, begin: int, end: int, meddling: Meddling = LEFT_ALONE
 ) -> list[dict[str, Any]]:
     """Train from one step to another; the trace between observe and the step, and after it."""
     traces = []
     for step in range(begin, end):
         for micro in range(training.case.accumulate):
-            before(training, step)
+            meddling.before(training, step)
             batch, loss = training.backward(step, micro)
-            after(training, step)
+            meddling.after(training, step)
             if cockpit is not None:
-                cockpit.observe(batch, loss)
+                cockpit.observe(batch, meddling.loss(loss, step))
         traces.append(state_of(training.model, training.optimizers))
         training.take_step()
         traces.append(state_of(training.model, training.optimizers))

@@ -55,7 +55,7 @@ def objects_of(model: nn.Module, optimizers: Sequence[Any]) -> dict[str, Any]:
         "optimizers": [[id(p) for p in o.state] for o in optimizers],
         "hooks": {name: [id(v) for k, v in vars(m).items() if "hooks" in k] for name, m in model.named_modules()},
         "process": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")),
-        "backends": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
+        "backends": [torch._C._get_flash_sdp_enabled(), torch._C._get_math_sdp_enabled()],
     }
 
 
@@ -65,12 +65,14 @@ def global_random() -> list[Any]:
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
     """Paths at which two traces differ."""
+    if one == other:
+        return []
     if isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
         return [path for key in one for path in differences(one[key], other[key], f"{where}/{key}")]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
         return [path for i, (a, b) in pairs for path in differences(a, b, f"{where}/{i}")]
-    return [] if one == other else [where]
+    return [where]
 
 
 def _draws(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Case:
     model: Callable[[], nn.Module]
     batch: Callable[[int], Any]
     optimizers: Callable[[nn.Module], Sequence[Any]] = sgd
-    loss: Any = nn.CrossEntropyLoss()
+    loss: Any = field(default_factory=nn.CrossEntropyLoss)
     accumulate: int = 1
     clip: float | None = None
 

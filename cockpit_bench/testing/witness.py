@@ -1,5 +1,6 @@
 """An instrument with a witness beside it: what it does to its surroundings, and what it says, is written down."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,11 +56,13 @@ def witnessed(
                 done = True
             except Refusal as refusal:
                 seen.refusal, seen.refused = str(refusal), seen.refused + 1
-                if not str(refusal).strip():
-                    seen.fault("refuses without a reason")
+                if not str(refusal).strip() or re.match(r"\w*(Error|Exception)\b", str(refusal)):
+                    seen.fault(f"refuses without a reason in words: '{refusal}'")
                 raise
             except Exception as error:
-                seen.fault(f"raises {type(error).__name__}: {error}; what cannot be read raises Refusal with the reason")
+                seen.fault(
+                    f"raises {type(error).__name__}: {error}; what cannot be read raises Refusal with the reason"
+                )
                 raise
             finally:
                 ran_model = bool(own_needs & RUNS_MODEL) if not done else _counted(view) > 0
@@ -79,7 +82,8 @@ def _counted(view: View) -> float:
     if not meter.products:
         return meter.gradients
     aside = View(view._probe, view._needs)  # with a meter of its own
-    return meter.gradients + meter.products * max(getattr(aside, need).price for need in view._needs & CURVATURES)
+    product: float = max(getattr(aside, need).price for need in view._needs & CURVATURES)
+    return meter.gradients + meter.products * product
 
 
 WORDS: dict[str, str] = {

@@ -38,7 +38,8 @@ class LayerProfile(Gauge):
     they were made; branches side by side and layers called several times count like any others. Norms also grow with
     the size of a matrix, so widths that change from end to end put a trend of their own into the slope. Layers whose
     gradient is exactly zero or absent cannot be fitted: they are counted as `silent`. The standard error is that of
-    the fit, unknown with two layers.
+    the fit, unknown with two layers; with fewer there is no trend, and slope and r^2 are NaN. `first_over_last` is
+    infinite where the last layer has no gradient, and NaN where the first has none either.
     """
 
     outputs: ClassVar[Mapping[str, Output]] = {

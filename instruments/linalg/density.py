@@ -74,6 +74,33 @@ class Density:
         sums = [np.concatenate([[0.0], np.cumsum(q.weights)]) for q in self.quadratures]
         return _mean_and_error([total[index] for total, index in zip(sums, below, strict=True)])
 
+    def trace(self) -> tuple[float, float]:
+        """Sum of all eigenvalues, D sum w theta, and its standard error over probes. Unbiased."""
+        mean, stderr = _mean_and_error([np.array(q.weights @ q.nodes) for q in self.quadratures])
+        return self.size * float(mean), self.size * float(stderr)
+
+    def frobenius(self) -> tuple[float, float]:
+        """Root of the sum of squared eigenvalues and its standard error, to first order: its square is unbiased."""
+        mean, stderr = _mean_and_error([np.array(q.weights @ q.nodes**2) for q in self.quadratures])
+        norm = math.sqrt(self.size * float(mean))
+        return norm, self.size * float(stderr) / (2 * norm) if norm > 0 else 0.0
+
+    def negative_share(self) -> tuple[float, float]:
+        """How much of the sum of |eigenvalue| is that of negative ones, and its jackknife error over probes.
+
+        Unlike the number of negative eigenvalues it does not hang on the sign of those that are zero but for rounding.
+        """
+        each_P2 = np.array(
+            [[-(q.weights @ np.minimum(q.nodes, 0)), q.weights @ np.abs(q.nodes)] for q in self.quadratures]
+        )
+        total_2, count = each_P2.sum(0), len(each_P2)
+        if total_2[1] == 0:
+            return 0.0, 0.0
+        left_out = total_2 - each_P2
+        ratios = left_out[:, 0] / np.where(left_out[:, 1] > 0, left_out[:, 1], 1.0)
+        variance = (count - 1) / count * np.square(ratios - ratios.mean()).sum()
+        return float(total_2[0] / total_2[1]), math.sqrt(variance)
+
     def count_above(self, edge: float) -> Count:
         """Eigenvalues larger than `edge`."""
         share, stderr = _mean_and_error([np.array(q.weights[q.nodes > edge].sum()) for q in self.quadratures])
@@ -120,6 +147,15 @@ def spectral_density(operator: Operator, *, probes: int, steps: int, seed: int, 
     grid_G = _grid(float(low), float(high), width)
     density_G, band_G = _mean_and_error([_broadened(q, grid_G, width) for q in quadratures])
     return Density(grid_G, density_G, band_G, width, quadratures, operator.size, products)
+
+
+def exact_density(eigenvalues_D: Array, width: float) -> Density:
+    """The density of a spectrum that is known, smoothed as an estimate would be; its band is zero."""
+    nodes = np.sort(eigenvalues_D)
+    exact = Quadrature(nodes, np.full(len(nodes), 1 / len(nodes)))
+    grid_G = _grid(float(nodes[0]), float(nodes[-1]), width)
+    density_G = _broadened(exact, grid_G, width)
+    return Density(grid_G, density_G, np.zeros_like(density_G), width, (exact,), len(nodes), 0)
 
 
 def _grid(low: float, high: float, width: float) -> Array:

@@ -14,7 +14,8 @@ least 99 % of the draws from `MIN_PROBES` = 16 probes on, whatever the spectrum.
 so many needed (there 8 probes give 98 %, 4 give 97 %); for spread spectra 4 are enough.
 
 Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix"; Meyer, Musco, Musco and Woodruff 2021,
-"Hutch++: optimal stochastic trace estimation"; Epperly, Tropp and Webber 2024, "XTrace: making the most of every sample
+"Hutch++: optimal stochastic trace estimation"; Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a
+matrix"; Epperly, Tropp and Webber 2024, "XTrace: making the most of every sample
 in stochastic trace estimation".
 
 Shapes: D = size of the operator, K = vectors of a basis, M = test vectors.
@@ -40,6 +41,49 @@ class Trace:
     value: float
     stderr: float
     products: int
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """`values_D` estimates the diagonal, `variances_D` is the variance of each of its entries.
+
+    The errors of two entries i and j are correlated, with covariance B_ij^2 over the number of probes; hence the
+    variance of a sum of w_i values_i is at most 2 sum w_i^2 variances_i, and is that for equal w over all coordinates.
+    `images_KD` are the products with the rows of the basis.
+    """
+
+    values_D: Tensor
+    variances_D: Tensor
+    images_KD: Tensor
+
+    def sums(self, pieces: Sequence[Sequence[slice]]) -> tuple[Tensor, Tensor]:
+        """Sum of the diagonal over each list of slices, and its standard error, too wide by at most sqrt(2)."""
+        values = torch.stack([_total(self.values_D, slices) for slices in pieces])
+        variances = torch.stack([_total(self.variances_D, slices) for slices in pieces])
+        return values, torch.sqrt(2 * variances)
+
+
+def _total(v_D: Tensor, slices: Sequence[slice]) -> Tensor:
+    return torch.stack([v_D[s].sum(dtype=torch.float64) for s in slices]).sum()
+
+
+def diagonal(operator: Operator, *, probes: int, seed: int, basis_KD: Tensor | None = None) -> Diagonal:
+    """The diagonal of A: mean of x * Ax over `probes` vectors x of random signs (Bekas, Kokiopoulou and Saad 2007).
+
+    With orthonormal rows Q of a basis (a product each) it is that of QQ'A + AQQ' - QQ'AQQ' exactly, and of PAP with
+    P = I - Q'Q by probes: as for `deflated`, any basis that does not depend on `seed` will do. Where the diagonal is
+    small against the rest of its row, the error of an entry is larger than the entry.
+    """
+    if basis_KD is None:
+        values_D, variances_D = _scatter(operator.matvec, operator, probes, _generator(seed))
+        return Diagonal(values_D, variances_D, values_D.new_empty(0, operator.size))
+    basis_KD = basis_KD.to(operator.device, operator.dtype)
+    _check_orthonormal(basis_KD)
+    images_KD = torch.stack([operator.matvec(q_D) for q_D in basis_KD])
+    inner_KK = basis_KD @ images_KD.T
+    inside_D = (basis_KD * (2 * images_KD - inner_KK @ basis_KD)).sum(0)
+    values_D, variances_D = _scatter(_outside(operator, basis_KD), operator, probes, _generator(seed))
+    return Diagonal(inside_D + values_D, variances_D, images_KD)
 
 
 def hutchinson(operator: Operator, *, probes: int, seed: int) -> Trace:
@@ -141,18 +185,26 @@ def _left_out(r_MM: Tensor) -> Tensor:
 def _mean_form(
     matvec: Callable[[Tensor], Tensor], operator: Operator, probes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mean of x'Bx over random signs x, and its standard error from the scatter of x * Bx (running sums of squares)."""
+    """Mean of x'Bx over random signs x, and its standard error from the scatter of x * Bx."""
+    mean_D, variance_D = _scatter(matvec, operator, probes, generator)
+    return mean_D.sum(), torch.sqrt(2 * variance_D.sum())
+
+
+def _scatter(
+    matvec: Callable[[Tensor], Tensor], operator: Operator, probes: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean of x * Bx over random signs x, and the variance of that mean, both (D,), from running sums."""
     if probes < 2:
         raise ValueError(f"expected at least 2 probes, got {probes}; one alone has no standard error.")
     mean_D = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
-    scatter = torch.zeros((), dtype=operator.dtype, device=operator.device)
+    squares_D = torch.zeros_like(mean_D)
     for n in range(1, probes + 1):
         x_D = _signs(operator, generator)
         d_D = x_D * matvec(x_D)
         change_D = d_D - mean_D
         mean_D = mean_D + change_D / n
-        scatter = scatter + torch.dot(change_D, d_D - mean_D)
-    return mean_D.sum(), torch.sqrt(2 * scatter / ((probes - 1) * probes))
+        squares_D = squares_D.addcmul_(change_D, d_D - mean_D)
+    return mean_D, squares_D / ((probes - 1) * probes)
 
 
 def _outside(operator: Operator, basis_KD: Tensor) -> Callable[[Tensor], Tensor]:

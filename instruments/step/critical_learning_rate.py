@@ -64,7 +64,7 @@ class CriticalLearningRate(Gauge):
 
     def read(self, view: View) -> Values:
         groups = Groups.of(view)
-        line = Line(lambda m: float(view.loss_at(m)), torch.finfo(view.layout.dtype).eps)
+        line = Line(lambda m: float(view.loss_at(m)), max(torch.finfo(p.dtype).eps for p in view.layout.params))
         line.climb(self.multipliers)
         line.halve(self.refinements)
         critical, best, known = line.critical(), line.best(), math.isfinite(line.losses[0.0])

@@ -54,6 +54,25 @@ def test_plot_writes_beside_the_log_or_where_it_is_told(
     assert out.stat().st_size > 1000
 
 
+def test_plot_of_an_instrument(run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["plot", str(run_folder), "--instrument", "batch/loss", "--format", "svg"]) == 0
+    path = run_folder / "figures" / "batch_loss.svg"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert "<svg" in path.read_text()
+    out = tmp_path / "x.png"
+    assert cli.main(["plot", str(run_folder), "--instrument", "batch/loss", "--out", str(out)]) == 0
+    assert out.stat().st_size > 1000
+
+
+def test_plot_of_an_unknown_instrument_names_the_nearest(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plot", str(run_folder), "--instrument", "batch/los"]) == 2
+    said = capsys.readouterr()
+    assert "'batch/los'" in said.err
+    assert "nearest: batch/loss" in said.err
+    assert said.out == ""
+    assert not (run_folder / "figures").exists()
+
+
 def test_plot_refuses_what_it_cannot_write(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plot", str(run_folder), "--out", "x.jpg"]) == 2
     assert "png, pdf, svg" in capsys.readouterr().err
@@ -61,6 +80,7 @@ def test_plot_refuses_what_it_cannot_write(run_folder: Path, capsys: pytest.Capt
 
 
 def test_showing_a_run_imports_no_torch(run_folder: Path) -> None:
-    for words in (["show", str(run_folder)], ["plot", str(run_folder)]):
+    drawing = ["plot", str(run_folder)]
+    for words in (["show", str(run_folder)], drawing, [*drawing, "--instrument", "batch/loss"]):
         code = f"import sys; from cockpit_bench.cli import main; main({words!r}); assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from cockpit_bench.plots.distributions import closed, histogram, spectrum
+from cockpit_bench.plots.distributions import TICKS, closed, histogram, spectrum
 from cockpit_bench.runlog import Reading
 from cockpit_bench.runlog.run import Readings
 
@@ -83,6 +83,23 @@ def test_the_axis_follows_the_bins_and_all_of_them_are_in_sight(limits: Any, sca
     assert high >= limits[np.isfinite(limits)][-1]
     (mesh,) = meshes(ax)
     assert (np.diff(mesh.get_coordinates()[:, 0, 1]) > 0).all()
+
+
+@pytest.mark.parametrize(("smallest", "largest"), [(-4, -1), (-12, 3), (-13, 3), (-3, -3), (-12.04, 3.6), (-1, 0)])
+def test_ticks_to_both_sides_of_zero_are_few_and_apart(smallest: float, largest: float) -> None:
+    sizes = np.logspace(smallest, largest, 20) if largest > smallest else np.array([1e-3, 0.5])
+    limits = np.concatenate([-sizes[::-1], sizes, [INF]])
+    ax = axes()
+    assert histogram(ax, series({0: np.stack([limits, np.ones(len(limits))])}))
+    ticks = np.array(ax.get_yticks())
+    assert 3 <= len(ticks) <= 2 * TICKS + 1
+    assert (ticks == -ticks[::-1]).all()
+    assert 0 in ticks
+    assert np.abs(ticks).max() <= sizes[-1]
+    low, high = ax.get_ylim()
+    place = ax.yaxis.get_transform().transform(ticks)
+    whole = np.diff(ax.yaxis.get_transform().transform([low, high]))[0]
+    assert np.diff(place).min() > 0.05 * whole
 
 
 def test_edges_close_the_open_ends() -> None:

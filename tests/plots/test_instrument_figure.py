@@ -17,10 +17,13 @@ OUTPUTS = {
     "whole": {"kind": "scalar", "unit": "loss", "meaning": "the whole of it", "edge": 2.0},
     "groups": {"kind": "per-group", "unit": "1", "meaning": "of each group", "edge": None},
     "layers": {"kind": "per-layer", "unit": "1", "meaning": "of each layer", "edge": None},
+    "modules": {"kind": "per-module", "unit": "1", "meaning": "of each module", "edge": None},
     "counts": {"kind": "histogram", "unit": "loss / parameter", "meaning": "of elements", "edge": None},
     "density": {"kind": "spectrum", "unit": "loss / parameter²", "meaning": "of eigenvalues", "edge": None},
+    "joint": {"kind": "grid", "unit": "1", "meaning": "of pairs", "edge": None},
 }
 NAMES = ["conv.weight", "conv.bias", "head.weight"]
+MODULES = [["conv", "relu"], ["conv", "relu"], ["relu", "head"], ["conv", "relu"]]  # of each reading
 
 
 def readings(**changes: Any) -> list[Record]:
@@ -29,9 +32,11 @@ def readings(**changes: Any) -> list[Record]:
             LABEL, step, 0.0, "ok",
             {
                 "whole": 1.0 + step, "groups": [0.1, 0.2], "layers": [1.0, NAN if step == 2 else 2.0, 3.0],
-                "counts": [[0.0, 1.0], [3, 4]], "density": [[0.0, 1.0], [0.5, 0.1]], **changes,
+                "modules": [1.0, 2.0], "counts": [[0.0, 1.0], [3, 4]], "density": [[0.0, 1.0], [0.5, 0.1]],
+                "joint": [[NAN, 0.0, 1.0], [-1.0, 2, 1], [5.0, 1, 3]], **changes,
             },
             {"whole": 0.1},
+            provenance={"modules": MODULES[step]},
         )
         for step in range(4)
     ]  # fmt: skip
@@ -68,7 +73,31 @@ def test_every_output_is_drawn_by_its_kind() -> None:
     assert axes["counts"].get_ylabel() == "loss / parameter"
     assert axes["density"].get_xlabel() == "eigenvalue, loss / parameter²"
     assert axes["density"].get_title(loc="right") == "of eigenvalues"
-    assert {ax.get_xlabel() for name, ax in axes.items() if name != "density"} == {"optimizer step"}
+    assert (axes["joint"].get_xlabel(), axes["joint"].get_ylabel()) == ("counts", "up")
+    over_steps = {ax.get_xlabel() for name, ax in axes.items() if name not in ("density", "joint")}
+    assert over_steps == {"optimizer step"}
+
+
+def test_modules_have_their_own_line_whatever_a_reading_lists() -> None:
+    ax = by_title(instrument_figure(make(readings()), LABEL))["modules"]
+    assert keys(ax) == ["conv", "relu", "head"]
+    conv, relu, head = (line.get_ydata() for line in ax.lines)
+    np.testing.assert_array_equal(conv, [1, 1, NAN, 1])
+    np.testing.assert_array_equal(relu, [2, 2, 1, 2])
+    np.testing.assert_array_equal(head, [NAN, NAN, 2, NAN])
+    unnamed = by_title(instrument_figure(make(readings(modules=[1.0, 2.0, 3.0])), LABEL))["modules"]
+    assert keys(unnamed) == ["0", "1", "2"]
+
+
+def test_every_due_step_is_in_sight() -> None:
+    records: list[Record] = [
+        Reading(LABEL, step, 0.0, "ok", {"whole": 1.0 if step == 20 else NAN}) for step in (10, 20)
+    ]
+    records += [Reading(LABEL, 50, 0.0, "failed", reason="broken")]
+    ax = by_title(instrument_figure(make(records), LABEL))["whole"]
+    low, high = ax.get_xlim()
+    assert low < 10
+    assert high > 50
 
 
 def test_every_axis_has_ink_and_titles_are_clear_of_keys(tmp_path: Path) -> None:
@@ -122,6 +151,14 @@ def test_values_over_many_decades_get_a_logarithmic_axis() -> None:
     assert axes["whole"].get_yscale() == "log"
     assert len(axes["whole"].lines) == 1, "an edge at 0 has no place there"
     assert by_title(instrument_figure(make(readings()), LABEL))["whole"].get_yscale() == "linear"
+
+
+def test_a_run_plots_its_panel_or_an_instrument() -> None:
+    run = make(readings())
+    assert list(by_title(run.plot(LABEL))) == list(OUTPUTS)
+    assert "Training loss" in by_title(run.plot())
+    with pytest.raises(KeyError, match="mine/all"):
+        run.plot("mine/al")
 
 
 def test_an_unknown_instrument_names_those_there_are() -> None:

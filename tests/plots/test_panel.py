@@ -23,7 +23,8 @@ from written_logs import (
     texts,
 )
 
-from cockpit_bench.plots.panel import ACROSS, arrange, headline, panel, save
+from cockpit_bench.plots.buckets import MOST_ROWS
+from cockpit_bench.plots.panel import ACROSS, arrange, panel, save
 from cockpit_bench.plots.panes import PANES
 from cockpit_bench.runlog import Event, Metrics, Reading, Record, Run
 
@@ -149,10 +150,22 @@ def test_a_run_that_goes_on_shows_its_time_so_far() -> None:
     assert [bar.get_width() for bar in ax.patches[:2]] == pytest.approx([0.02, 1.0])
 
 
-def test_the_headline_of_a_running_run() -> None:
-    run = Run(Path("runs/x"), None, [reading("batch/loss", 0, 1.0)], 0, {}, {"state": "running"}, {})
-    assert headline(run) == "x: running"
-    panel(run)
+def test_the_headline_says_what_observation_took() -> None:
+    running = Run(Path("runs/x"), None, [reading("batch/loss", 0, 1.0)], 0, {}, {"state": "running"}, {})
+    assert panel(running).get_suptitle() == "x: running"
+    ended = "x: hit at step 20, 200 ms; 50 steps in 500 ms of training, observation 10.0% on top"
+    assert full_panel().get_suptitle() == ended
+
+
+def test_of_many_instruments_the_cheapest_are_one_bar() -> None:
+    tax = {f"mine/number_{n}": 0.1 + 0.01 * n for n in range(60)}
+    ax = pane(panel(make([outcome(tax=tax, buckets={"forward": 9.0, "observe": 30.0})])), "Where the time went")
+    names = [" ".join(label.get_text().split()) for label in ax.get_yticklabels()][::-1]
+    assert len(names) == MOST_ROWS
+    assert names[:3] == ["forward", "number 59", "number 58"]
+    assert names[-2:] == [f"{62 - MOST_ROWS + 1} other instruments", "observe, the rest"]
+    widths = [bar.get_width() for bar in ax.patches[:MOST_ROWS]]
+    assert sum(widths) == pytest.approx(39.0), "no second is lost"
 
 
 def test_pyplot_is_not_touched() -> None:

@@ -1,5 +1,7 @@
 """What a pane of the panel shows: its curves, edges, bands, gaps and marks are where they belong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from written_logs import INF, NAN, VALUES, full_panel, keys, make, marks, pane, reading, texts
@@ -88,9 +90,8 @@ def test_a_lone_point_is_seen() -> None:
     [((1.0, 1.5), ["1.0", "1.2", "1.4"]), ((1.0, 20.0), ["1", "2", "5", "10", "20"]), ((1.0, 1e6), None)],
 )
 def test_short_logarithmic_axes_have_plain_numbers(values: tuple[float, float], expected: list[str] | None) -> None:
-    ax = pane(
-        panel(make([reading("gradient/norm", step, value) for step, value in enumerate(values)])), "Gradient norm |g|"
-    )
+    records: list[Record] = [replace(reading("gradient/norm", s, y), stderr={}) for s, y in enumerate(values)]
+    ax = pane(panel(make(records)), "Gradient norm |g|")
     ax.figure.canvas.draw()
     low, high = ax.get_ylim()
     labels = [
@@ -113,6 +114,18 @@ def test_outliers_do_not_flatten_the_rest() -> None:
     assert ax.get_ylim()[1] < 2
     assert ax.get_ylim()[1] > 1  # the edge is in sight
     assert "1 of 100 values outside" in texts(figure)
+
+
+def test_a_noisy_curve_has_the_error_of_a_reading_round_its_median() -> None:
+    label = "gradient/signal_to_noise"
+    records: list[Record] = [reading(label, s, 100.0 if s % 5 == 0 else 2.0) for s in range(200)]
+    ax = pane(panel(make(records)), "Signal to noise")
+    middle = next(line for line in ax.lines if line.get_label() == "whole gradient, ± standard error")
+    assert set(middle.get_ydata()) == {2.0}
+    y = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (y.min(), y.max()) == pytest.approx((1.8, 2.2))
+    few = pane(panel(make(records[:3])), "Signal to noise")
+    assert few.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(110)
 
 
 def test_the_running_median_follows_and_keeps_gaps() -> None:

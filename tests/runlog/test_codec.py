@@ -26,7 +26,7 @@ arrays = st.sampled_from(DTYPES).flatmap(lambda dtype: hnp.arrays(dtype, shapes)
 transposed = arrays.map(lambda array: array.T)
 values = st.dictionaries(texts, numbers | st.lists(numbers, max_size=20) | arrays | transposed, max_size=4)
 scalars = st.dictionaries(texts, numbers, max_size=4)
-facts = st.dictionaries(texts, texts | numbers | st.booleans() | st.none(), max_size=4)
+facts = st.dictionaries(texts, texts | numbers | st.booleans() | st.none() | st.lists(texts, max_size=4), max_size=4)
 details = st.dictionaries(
     texts,
     st.recursive(texts | numbers | st.none() | arrays, lambda inner: st.lists(inner) | st.dictionaries(texts, inner)),

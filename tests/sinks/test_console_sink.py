@@ -195,6 +195,16 @@ def test_the_summary() -> None:
     ]
 
 
+def test_of_many_instruments_the_dearest_have_a_line() -> None:
+    tax = {f"mine/number_{n:02}": 0.1 + 0.01 * n for n in range(30)}
+    outcome = Outcome("done", 9, 10.0, None, None, None, "", {}, 20.0, tax, {"mine/number_03": 2})
+    shown = [line.split()[:2] for line in said(outcome)[3:]]
+    assert [name for _, name in shown[:12]] == [f"mine/number_{n}" for n in range(29, 17, -1)]
+    assert shown[12] == ["1.3%", "mine/number_03"], "what was skipped is always told"
+    assert shown[13:] == [["32.0%", "17"]]
+    assert said(outcome)[-1].endswith("17 more, each below 2.8%")
+
+
 def test_the_summary_of_nothing() -> None:
     bare = Outcome("error", 0, 0.0, None, None, None, "", {}, 0.0, {})
     assert said(bare) == ["error", "steps    0 in 0 s of training, 0 s in all"]
