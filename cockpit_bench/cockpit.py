@@ -195,9 +195,9 @@ class Cockpit:
             return NOTHING
         return price_list(self._observer, self._readout, self.clock, batch, self._steps, self._accumulate)
 
-    def plot(self) -> Any:
-        """The panel picture of the run so far, a matplotlib Figure (a notebook shows it); None when switched off."""
-        return self._recorder.run().plot() if self.enabled else None
+    def plot(self, instrument: str | None = None) -> Any:
+        """The panel picture of the run so far, or all that one instrument read, as a Figure; None when switched off."""
+        return self._recorder.run().plot(instrument) if self.enabled else None
 
     @property
     def last(self) -> Mapping[str, Mapping[str, Any]]:

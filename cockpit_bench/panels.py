@@ -3,7 +3,8 @@
     light      what costs next to nothing: loss, learning rate and gradient norm at every step, the relative size of the
                step and the weights every ten
     standard   light, the gradient distribution about 200 times a run and curvature about 40 times
-    full       light, the gradient distribution about 400 times, the step at every step, curvature about 100 times
+    full       everything in the catalogue: single examples about 200 times, layers and data 50 times, the dearest
+               (spectra, blocks) a few times; what does not apply to the model says so once and is retired
 
 Cadences are in readings a run, so that a panel costs the same share of a short and of a long run; where the length of
 the run is not known they fall back to a fixed period.
@@ -39,6 +40,19 @@ LIGHT: Mapping[str, int | Readings] = {
     "step/update_ratio": 10,
     "network/weight_norm": 10,
 }
+PER_EXAMPLE = (
+    "batch/example_loss", "gradient/noise_scale", "gradient/signal_to_noise", "gradient/gradient_tests",
+    "gradient/coherence", "gradient/early_stopping", "gradient/suggested_batch",
+)  # fmt: skip
+STEP_AND_STATE = (
+    "gradient/angle", "gradient/layer_profile", "gradient/step_cosine", "step/clipping", "step/distance",
+    "step/effective_learning_rate", "optimizer/rms", "optimizer/epsilon_share", "optimizer/update_scale",
+    "optimizer/second_moment_age", "batch/input_moments", "batch/label_counts",
+)  # fmt: skip
+LAYERS_AND_DATA = (
+    "gradient/histogram", "gradient/histogram_2d", "network/activation_scale", "network/attention_logits",
+    "network/dead_units", "network/effective_rank", "network/normalisation_statistics", "network/output_scale",
+)  # fmt: skip
 PANELS: Mapping[str, Mapping[str, int | Readings]] = {
     "light": LIGHT,
     "standard": {
@@ -51,11 +65,24 @@ PANELS: Mapping[str, Mapping[str, int | Readings]] = {
     },
     "full": {
         **LIGHT,
-        "gradient/noise_scale": Readings(400, 5),
-        "step/step_ratio": EVERY_STEP,
-        "curvature/sharpness": Readings(100, 20),
-        "curvature/preconditioned_sharpness": Readings(100, 20),
+        **dict.fromkeys(PER_EXAMPLE, Readings(200, 10)),
+        **dict.fromkeys(STEP_AND_STATE, 10),
+        **dict.fromkeys(LAYERS_AND_DATA, Readings(50, 50)),
+        "batch/repeated": EVERY_STEP,
+        "step/step_ratio": Readings(200, 10),
+        "step/alpha": Readings(100, 20),
+        "step/critical_learning_rate": Readings(20, 100),
+        "curvature/sharpness": Readings(40, 50),
+        "curvature/preconditioned_sharpness": Readings(40, 50),
+        "curvature/directional": Readings(40, 50),
+        "curvature/batch_sharpness": Readings(40, 50),
         "curvature/smallest": Readings(10, 200),
+        "curvature/trace": Readings(10, 200),
+        "curvature/tic": Readings(10, 200),
+        "curvature/outliers": Readings(4, 500),
+        "curvature/blocks": Readings(4, 500),
+        "curvature/density": Readings(2, 1000),
+        "curvature/exact": Readings(2, 1000),
     },
 }
 

@@ -58,6 +58,20 @@ class Curvatures:
 
         return self._once("hessian", build, meter, 1.0)
 
+    def step_hessian(self, meter: Meter) -> LastResortHessian:
+        """The Hessian on the step's own batches instead of the held ones."""
+        if "step_hessian" not in self._made:
+            probe = self._probe
+            pieces = [self._piece(batch) for batch in probe.batches]
+            self._made["step_hessian"] = LastResortHessian(
+                pieces, probe.layout, keep_graphs=True, context=self._around_step
+            )
+            meter.gradients += 1.0
+        operator = self._made["step_hessian"]
+        assert isinstance(operator, LastResortHessian)
+        meter.provenance["route"] = operator.route
+        return operator
+
     def gauss_newton(self, meter: Meter) -> GaussNewtonOperator:
         """On a kept graph; where memory is short, by forward mode, or rebuilt where that has no rule."""
 
@@ -107,6 +121,9 @@ class Curvatures:
 
     def _around(self, forward: bool) -> AbstractContextManager[None]:
         return self._probe.running(held=True, differentiable=True, forward=forward)
+
+    def _around_step(self, forward: bool) -> AbstractContextManager[None]:
+        return self._probe.running(held=False, differentiable=True, forward=forward)
 
     def _piece(self, batch: Batch) -> Piece:
         probe = self._probe

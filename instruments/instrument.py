@@ -27,6 +27,10 @@ class Output:
     value one curve a parameter group, a per-layer value one a trained parameter tensor, a per-module value one a
     module, whose names stand in `view.meter.provenance["modules"]`. `edge` is a value that means something by itself
     (1 for rho) and is drawn as a line.
+
+    A histogram is an array (2, K): ascending upper limits of the bins, the last may be infinite, over their counts. A
+    spectrum is (2, K): a grid over values. A grid is (R + 1, C + 1): upper limits of the columns in [0, 1:], of the
+    rows in [1:, 0], counts in the rest.
     """
 
     unit: str

@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 
 Need = Literal[
     "batch", "loss", "example_losses", "gradient", "samples", "second_moment", "inner_products", "gram", "hessian",
-    "gauss_newton", "fisher", "drawn_fisher", "preconditioner", "parameters", "groups", "states", "activations",
-    "forward", "change", "update", "line", "step_examples",
+    "step_hessian", "gauss_newton", "fisher", "drawn_fisher", "preconditioner", "parameters", "groups", "states",
+    "activations", "forward", "change", "update", "line", "step_examples",
 ]  # fmt: skip
 SAMPLES: frozenset[Need] = frozenset({"samples", "second_moment", "inner_products", "gram"})
-CURVATURES: frozenset[Need] = frozenset({"hessian", "gauss_newton", "fisher", "drawn_fisher"})
+CURVATURES: frozenset[Need] = frozenset({"hessian", "gauss_newton", "fisher", "drawn_fisher"})  # on held batches
 AFTER_STEP: frozenset[Need] = frozenset({"change", "update", "line", "step_examples"})
 RUNS_MODEL: frozenset[Need] = (
-    SAMPLES | CURVATURES | {"example_losses", "activations", "forward", "update", "line", "step_examples"}
+    SAMPLES
+    | CURVATURES
+    | {"step_hessian", "example_losses", "activations", "forward", "update", "line", "step_examples"}
 )
 
 
@@ -170,6 +172,18 @@ class View:
         """Hessian of the training loss on the held batches."""
         self._declared("hessian")
         return _Counted(self._probe.curvatures.hessian(self.meter), self.meter)
+
+    @property
+    def step_hessian(self) -> Operator:
+        """Hessian of the training loss on the step's own batches, under its own masks."""
+        self._declared("step_hessian")
+        return _Counted(self._probe.curvatures.step_hessian(self.meter), self.meter)
+
+    @property
+    def step_gradient_D(self) -> Tensor:
+        """Gradient of the loss on the step's own batches, recomputed, shape (D,)."""
+        self._declared("step_hessian")
+        return self._probe.curvatures.step_hessian(self.meter).gradient_D
 
     @property
     def gauss_newton(self) -> Operator:

@@ -60,9 +60,7 @@ def witnessed(
                     seen.fault(f"refuses without a reason in words: '{refusal}'")
                 raise
             except Exception as error:
-                seen.fault(
-                    f"raises {type(error).__name__}: {error}; what cannot be read raises Refusal with the reason"
-                )
+                seen.fault(f"raises {type(error).__name__}: {error}; expected a Refusal with the reason")
                 raise
             finally:
                 ran_model = bool(own_needs & RUNS_MODEL) if not done else _counted(view) > 0

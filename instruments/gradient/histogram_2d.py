@@ -39,7 +39,7 @@ class Histogram2d(Gauge):
     sample: int = 2**16
 
     outputs: ClassVar[Mapping[str, Output]] = {
-        "grid": Output("1", "counts of sampled elements by parameter value (down) and gradient (across)", "grid"),
+        "grid": Output("1", "counts of sampled elements by parameter value (rows) and gradient (columns)", "grid"),
         "gradient": Output("loss / parameter", "marginal: counts by gradient element", "histogram"),
         "parameter": Output("parameter", "marginal: counts by parameter value", "histogram"),
     }
