@@ -61,12 +61,16 @@ class Curvatures:
     def step_hessian(self, meter: Meter) -> LastResortHessian:
         """The Hessian on the step's own batches instead of the held ones."""
         if "step_hessian" not in self._made:
-            probe = self._probe
-            pieces = [self._piece(batch) for batch in probe.batches]
-            self._made["step_hessian"] = LastResortHessian(
-                pieces, probe.layout, keep_graphs=True, context=self._around_step
-            )
-            meter.gradients += 1.0
+            pieces = [self._piece(batch) for batch in self._probe.batches]
+
+            def build(keep: bool) -> LastResortHessian:
+                return LastResortHessian(pieces, self._probe.layout, keep_graphs=keep, context=self._around_step)
+
+            try:
+                self._made["step_hessian"] = build(True)
+                meter.gradients += 1.0
+            except torch.OutOfMemoryError:
+                self._made["step_hessian"] = build(False)
         operator = self._made["step_hessian"]
         assert isinstance(operator, LastResortHessian)
         meter.provenance["route"] = operator.route

@@ -71,7 +71,7 @@ class Instrument(ABC):
     def price(self, view: View) -> float:
         """Expected cost of one reading in g, one gradient (forward + backward) on the batch that it reads.
 
-        0 for what does not run the model: such readings are taken whatever the budget.
+        0 for what does not run the model and takes a small part of a step.
         """
 
     @abstractmethod

@@ -267,9 +267,11 @@ def sharpness_edge(preconditioner: Preconditioner, factor: float = 1.0) -> float
 
     NaN where they are not (Adam, several learning rates): then no sharpness alone is the edge. 2/eta for plain SGD.
     """
-    low, high = preconditioner.scale_D.aminmax()
-    decays = preconditioner.decay_D.aminmax()
-    d0, d1, c0, c1 = (float(x) for x in (low, high, *decays))
+    moved_D = preconditioner.scale_D > 0  # not so for a parameter that the loss does not reach
+    if not bool(moved_D.any()):
+        return math.nan
+    steps, decays = preconditioner.scale_D[moved_D].aminmax(), preconditioner.decay_D[moved_D].aminmax()
+    d0, d1, c0, c1 = (float(x) for x in (*steps, *decays))
     return (2 / d0 - c0) / factor if d0 == d1 > 0 and c0 == c1 else math.nan
 
 

@@ -68,6 +68,9 @@ class _Counted(Operator):
             self._meter.provenance["product_error"] = error
         return product_D
 
+    def known(self) -> Sequence[tuple[Tensor, Tensor]]:
+        return self._operator.known()
+
 
 class View:
     """What one instrument sees of one step: what it declared, billed and labelled. Undeclared needs raise."""

@@ -9,8 +9,15 @@ import torch
 from cockpit_bench.testing.traces import bits, differences, state_of
 from cockpit_bench.testing.values import value_faults
 from instruments.instrument import Instrument, State, Values
+from instruments.operators.operator import Operator
 from instruments.refusal import Refusal
-from instruments.view import CURVATURES, RUNS_MODEL, Need, View
+from instruments.view import RUNS_MODEL, Need, View
+
+OPERATORS = frozenset(
+    name for name, value in vars(View).items()
+    if isinstance(value, property) and value.fget and value.fget.__annotations__.get("return") is Operator
+)  # fmt: skip
+"""The needs that give a matrix, whose products are billed."""
 
 
 @dataclass
@@ -80,7 +87,7 @@ def _counted(view: View) -> float:
     if not meter.products:
         return meter.gradients
     aside = View(view._probe, view._needs)  # with a meter of its own
-    product: float = max(getattr(aside, need).price for need in view._needs & CURVATURES)
+    product: float = max(getattr(aside, need).price for need in view._needs & OPERATORS)
     return meter.gradients + meter.products * product
 
 

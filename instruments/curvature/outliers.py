@@ -30,9 +30,9 @@ class Outliers(Instrument):
     A classifier of C classes has about C, or C - 1, that stand off from the bulk. Lanczos from the sum of the last Ritz
     vectors, the gradient and a random vector, until the residuals |H v - lambda v| of all k + 1 are at most `tol` times
     the largest, or `max_products` are spent: then `converged` is 0, and the lower of the values are too low. Values are
-    never above the eigenvalue of their rank. Of eigenvalues closer than the tolerance, or equal, one may
-    be missed; then those after it move up. Where there are fewer different ones than asked for, the rest is NaN. Memory: `max_products` vectors of length D during the reading,
-    one between readings.
+    never above the eigenvalue of their rank. Of eigenvalues closer than the tolerance, or equal, one may be missed;
+    then those after it move up. Where there are fewer different ones than asked for, the rest is NaN. Memory:
+    `max_products` vectors of length D during the reading, one between readings.
 
     `outlier_ratio` is lambda_1 / lambda_(k+1); large for networks without batch normalisation, with k the number of
     classes. `outliers` is the place of the largest ratio of neighbours, lambda_i / lambda_(i+1), i <= k, and

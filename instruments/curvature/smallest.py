@@ -3,7 +3,7 @@
 Shapes: D = trainable scalars.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -64,3 +64,6 @@ class Negated(Operator):
 
     def matvec(self, v_D: Tensor) -> Tensor:
         return -self._operator.matvec(v_D)
+
+    def known(self) -> Sequence[tuple[Tensor, Tensor]]:
+        return [(v_D, -image_D) for v_D, image_D in self._operator.known()]

@@ -10,6 +10,9 @@ is small, the answer is an eigenvalue, and it is not the largest. Three measures
 - the first readings after the first, and every `AUDIT_EVERY`-th, are audited: a second iteration from a fresh start,
   and the larger of the two answers counts (both are lower bounds, so the larger is the better).
 
+Products that another instrument has taken of the same matrix at this step are used first: under SGD, where rho is the
+sharpness times a number, it then costs none.
+
 Shapes: D = size of the operator.
 """
 
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from instruments.linalg.lanczos import Ritz, top_eigenvalue
+from instruments.linalg.subspace import top_ritz_pair
 from instruments.operators.operator import Operator, random_unit
 
 HINT, RANDOM = 0.2, 0.02  # weights in a warm start, against 1 for the last Ritz vector
@@ -60,12 +64,22 @@ def follow(
     sign = torch.where(torch.dot(hint_D, last_D) < 0, -1.0, 1.0)
     start_D = last_D + HINT * sign * hint_D + RANDOM * noise_D
     floor = (1 - DROP) * track.value
-    ritz = top_eigenvalue(operator, start_D, tol=tol, max_products=max_products, doubt_below=floor)
+    ritz = _from_products_of_others(operator, tol, floor) or top_eigenvalue(
+        operator, start_D, tol=tol, max_products=max_products, doubt_below=floor
+    )
     if track.readings < YOUNG or track.readings % AUDIT_EVERY == 0:
         audit = top_eigenvalue(operator, fresh_D, tol=fresh_tol, max_products=max_products)
         better = audit if audit.value > ritz.value else ritz
         ritz = replace(better, products=ritz.products + audit.products)
     return ritz, _remember(ritz, track.readings + 1)
+
+
+def _from_products_of_others(operator: Operator, tol: float, floor: float) -> Ritz | None:
+    """The answer, where what was computed of the same operator at this step gives it within the tolerance already."""
+    pair = top_ritz_pair(operator.known())
+    if pair is None or pair.value < floor or pair.residual > tol * abs(pair.value):
+        return None
+    return Ritz(pair.value, pair.residual, 0, True, pair.vector_D)
 
 
 def _remember(ritz: Ritz, readings: int) -> Track:

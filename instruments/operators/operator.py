@@ -1,6 +1,7 @@
 """One fixed symmetric matrix, known by its products with a vector."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class Operator(ABC):
     @abstractmethod
     def matvec(self, v_D: Tensor) -> Tensor:
         """The product A v, shape (D,)."""
+
+    def known(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Pairs (v, A v) that were computed before and are still held; none unless an operator remembers."""
+        return ()
 
 
 class DenseOperator(Operator):

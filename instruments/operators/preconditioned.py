@@ -1,5 +1,7 @@
 """The Hessian as an optimizer sees it: D^1/2 (H + diag c) D^1/2."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,10 @@ class PreconditionedOperator(Operator):
     def matvec(self, v_D: Tensor) -> Tensor:
         w_D = self._root_D * v_D
         return self._root_D * (self._hessian.matvec(w_D) + self._decay_D * w_D)
+
+    def known(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Those of the Hessian: w = D^1/2 v has v = D^-1/2 w, where every coordinate is trained."""
+        pairs = self._hessian.known()
+        if not pairs or not bool((self._root_D > 0).all()):
+            return ()
+        return [(w_D / self._root_D, self._root_D * (hw_D + self._decay_D * w_D)) for w_D, hw_D in pairs]

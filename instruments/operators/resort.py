@@ -10,6 +10,8 @@ from instruments.operators.finite_difference import FiniteDifferenceOperator
 from instruments.operators.hessian import Context, HessianOperator, Piece
 from instruments.operators.operator import Operator, random_unit
 
+KNOWN_LEAST, KNOWN_MOST, KNOWN_SCALARS = 4, 12, 2**27
+"""Products that are remembered for whoever reads the same matrix at this step: how many, and how much memory."""
 ASYMMETRY = 0.05
 """Of |u'Hv - v'Hu| against what |u'Hv| is for random unit vectors, |Hv| / sqrt(D); rounding leaves 1e-4 of it."""
 
@@ -33,8 +35,11 @@ class LastResortHessian(Operator):
         )
         self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
         self.error: float | None = None
+        self._known: list[tuple[Tensor, Tensor]] = []
+        self._room = 0
         if not checked:
             self._check()
+        self._room = max(KNOWN_LEAST, min(KNOWN_MOST, KNOWN_SCALARS // layout.size))
 
     @property
     def price(self) -> float:  # type: ignore[override]
@@ -52,16 +57,24 @@ class LastResortHessian(Operator):
     def matvec(self, v_D: Tensor) -> Tensor:
         if self.error is None:
             try:
-                return self._operator.matvec(v_D)
+                product_D = self._operator.matvec(v_D)
+                if len(self._known) < self._room:
+                    self._known.append((v_D, product_D))
+                return product_D
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self._give_up(error, v_D)
         return self._operator.matvec(v_D)
 
+    def known(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """The first products taken, by whoever took them; none once they are differences."""
+        return self._known
+
     def release(self) -> None:
         """Free the graphs; the operator cannot be used afterwards."""
         self._operator.release()
+        self._known = []
         self._pieces = []
 
     def _check(self) -> None:
@@ -75,6 +88,7 @@ class LastResortHessian(Operator):
 
     def _give_up(self, error: Exception, v_D: Tensor) -> None:
         self._operator.release()
+        self._known = []
         differences = FiniteDifferenceOperator(self._pieces, self._layout, context=self._context)
         reason = str(error).strip().splitlines()[0][:120]
         differences.route += f", since double backward failed: {reason}"

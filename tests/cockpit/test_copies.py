@@ -12,8 +12,9 @@ import pytest
 import torch
 from loop_cases import CASES, Case, Training, case_named
 from torch import nn
-from traces import differences, state_of
 from watching import watch
+
+from cockpit_bench.testing.traces import differences, state_of
 
 Pair = tuple[nn.Module, list[Any]]
 MOMENTS = ("before observe", "between observe and step", "after the step", "after a reading on demand")

@@ -177,7 +177,7 @@ def test_what_comes_after_the_end_is_nothing(tmp_path: Path, capsys: pytest.Capt
 def test_a_failure_while_closing_does_not_cost_the_outcome(tmp_path: Path) -> None:
     """An optimizer without hooks is read once more at the end; when strict, that may raise."""
     training = Training(PLAIN)
-    cockpit = watch(training, logdir=tmp_path / "run", strict=True)
+    cockpit = watch(training, logdir=tmp_path / "run", panel="light", strict=True)
     cockpit.observe(*training.backward(0))
 
     def broken() -> None:

@@ -1,5 +1,6 @@
 """Losses and batches of every shape: one number, dictionaries, ragged lists, objects, nothing at all."""
 
+import re
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loop_cases import Case, Training, mlp, rows
+from refusals import check_failed, expected_refusals
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from traces import differences, state_of
 from watching import EVERYTHING, events, readings, values, watch
 
 from cockpit_bench import Cockpit, Refusal
+from cockpit_bench.testing.traces import differences, state_of
 from instruments.held import EXAMPLES
 
 PLAIN = Case("plain", mlp)
@@ -54,22 +56,27 @@ def losses_of(x: Callable[[Any], Tensor], y: Callable[[Any], Tensor]) -> Callabl
 
 @dataclass(frozen=True)
 class Shape:
-    """A kind of batch, the loss that reads it, and how many examples the provenance of curvature names."""
+    """A kind of batch, the loss that reads it, how many examples curvature says it was read on, and who refuses it."""
 
     batch: Callable[[int], Any]
     losses: Callable[[Any, Any], Tensor]
     examples: int
     model: Callable[[], nn.Module] = mlp
+    refuse: frozenset[str] = frozenset()
 
 
+NO_LABELS = frozenset({"batch/label_counts"})
+NO_TENSORS = NO_LABELS | {"batch/input_moments", "batch/repeated"}
 by_key = losses_of(lambda b: b["x"], lambda b: b["y"])
 SHAPES: Mapping[str, Shape] = {
     "dictionary": Shape(lambda s: dict(zip("xy", rows(s), strict=True)), by_key, 12),
     "mapping of another library": Shape(lambda s: UserDict(zip("xy", rows(s), strict=True)), by_key, 12),
     "nested": Shape(lambda s: ({"x": rows(s)[0]}, [rows(s)[1]]), losses_of(lambda b: b[0]["x"], lambda b: b[1][0]), 12),
-    "three fields": Shape(lambda s: [*rows(s), torch.ones(12)], losses_of(lambda b: b[0], lambda b: b[1]), 12),
-    "ragged": Shape(ragged, ragged_losses, 4, PooledRows),
-    "object": Shape(lambda s: Graph(*rows(s)), losses_of(lambda b: b.x, lambda b: b.y), 0),
+    "three fields": Shape(
+        lambda s: [*rows(s), torch.ones(12)], losses_of(lambda b: b[0], lambda b: b[1]), 12, refuse=NO_LABELS
+    ),
+    "ragged": Shape(ragged, ragged_losses, 4, PooledRows, NO_LABELS),
+    "object": Shape(lambda s: Graph(*rows(s)), losses_of(lambda b: b.x, lambda b: b.y), 0, refuse=NO_TENSORS),
 }
 
 
@@ -94,9 +101,12 @@ def test_every_instrument_reads_batches_of_every_shape(name: str) -> None:
         ends.append(state_of(training.model, training.optimizers))
         cockpit.close()
     assert differences(ends[0], ends[1]) == []
-    assert not readings(cockpit, status="failed")
+    failed = {r.instrument: r.reason for r in readings(cockpit, status="failed")}
     assert not events(cockpit, "observe_failed")
-    assert {r.instrument for r in readings(cockpit, status="ok")} == set(EVERYTHING)
+    expected = expected_refusals(training) | shape.refuse
+    assert set(failed) == expected, failed
+    assert not any(re.match(r"\w*(Error|Exception):", reason) for reason in failed.values()), failed
+    assert {r.instrument for r in readings(cockpit, status="ok")} == set(EVERYTHING) - expected
     held = [r.provenance["examples"] for r in readings(cockpit, "curvature/sharpness")]
     assert held == [shape.examples * k or "unknown" for k in (1, 2, 3)]
     assert {r.provenance["examples"] for r in readings(cockpit, "gradient/norm")} == {shape.examples or "unknown"}
@@ -118,20 +128,21 @@ def test_a_loader_gives_lists_of_fields() -> None:
     cockpit.close()
 
 
-def test_a_loss_of_one_number_has_curvature_and_no_examples() -> None:
-    def number(call: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(call(batch[0]), batch[1])
+def number(call: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(call(batch[0]), batch[1])
 
-    single, each = Training(PLAIN), Training(PLAIN)
-    cockpit, reference = watch(single, loss=number), watch(each)
+
+def test_a_loss_of_one_number_has_curvature_and_no_examples() -> None:
+    single, each = Training(Case("one number", mlp, loss=number)), Training(PLAIN)
+    cockpit, reference = watch(single), watch(each)
     single.run(4, cockpit.observe)
     each.run(4, reference.observe)
     for label, output in (("curvature/sharpness", "sharpness"), ("step/step_ratio", "alpha"), ("batch/loss", "loss")):
         assert values(cockpit, label, output) == pytest.approx(values(reference, label, output), rel=1e-3)
-    (refused,) = readings(cockpit, status="failed")
-    assert refused.instrument == "gradient/noise_scale"
-    assert "single number" in refused.reason
-    assert "return losses_N" in refused.reason
+    failed = {r.instrument: r.reason for r in readings(cockpit, status="failed")}
+    check_failed(single, failed)
+    assert "single number" in failed["gradient/noise_scale"]
+    assert "return losses_N" in failed["gradient/noise_scale"]
     assert not events(cockpit, "gradient_mismatch")
     for one in (cockpit, reference):
         one.close()

@@ -10,10 +10,10 @@ import pytest
 import torch
 from loop_cases import Case, Training, mlp
 from torch import nn
-from traces import differences, objects_of, state_of
 from watching import readings, watch
 
 from cockpit_bench import Gauge, Output
+from cockpit_bench.testing.traces import differences, objects_of, state_of
 from instruments.instrument import Values
 from instruments.probe import Probe
 from instruments.view import Need, View

@@ -7,11 +7,11 @@ import torch
 from loop_cases import CASES, CROSS_ENTROPY, Training, mlp, rows
 from torch import Tensor, nn, optim
 from torch.func import functional_call
-from traces import differences, state_of
 from watching import events, readings, values, watch
 
 from cockpit_bench import Cockpit, ProbeSettings, batches
 from cockpit_bench.panels import PANELS
+from cockpit_bench.testing.traces import differences, state_of
 
 PLAIN = CASES[0]
 HEAD = ("2.weight", "2.bias")
@@ -36,7 +36,7 @@ def block_of_the_hessian(model: nn.Module, names: tuple[str, ...], batch: Any) -
 @pytest.mark.parametrize(("patterns", "names"), [("2.*", HEAD), (["*.weight"], ("0.weight", "2.weight"))])
 def test_what_is_read_is_about_those_parameters_alone(patterns: Any, names: tuple[str, ...]) -> None:
     training = Training(PLAIN)
-    cockpit = watch(training, parameters=patterns, panel="full", probe=batches(rows(5)))
+    cockpit = watch(training, parameters=patterns, panel="standard", probe=batches(rows(5)))
     top = torch.linalg.eigvalsh(block_of_the_hessian(training.model, names, rows(5)))[-1]
     batch, loss = training.backward(0)
     named = dict(training.model.named_parameters())
@@ -54,10 +54,10 @@ def test_what_is_read_is_about_those_parameters_alone(patterns: Any, names: tupl
 
 def test_training_is_as_without() -> None:
     training, alone = Training(PLAIN), Training(PLAIN).run(4)
-    cockpit = watch(training, parameters="2.*", panel="full")
+    cockpit = watch(training, parameters="2.*", panel="standard")
     training.run(4, cockpit.observe)
     assert not readings(cockpit, status="failed")
-    assert {r.instrument for r in readings(cockpit, status="ok")} == set(PANELS["full"])
+    assert {r.instrument for r in readings(cockpit, status="ok")} == set(PANELS["standard"])
     assert not events(cockpit, "gradient_mismatch")
     sides = (training.model, training.optimizers), (alone.model, alone.optimizers)
     assert differences(*(state_of(*side) for side in sides)) == []
@@ -65,14 +65,14 @@ def test_training_is_as_without() -> None:
 
 
 def test_prices_of_readings_of_some_parameters() -> None:
-    cockpit = watch(Training(PLAIN), parameters="2.*", panel="full")
+    cockpit = watch(Training(PLAIN), parameters="2.*", panel="standard")
     assert {row.how for row in cockpit.prices(rows(0)).rows} == {"measured", "declared"}
     cockpit.close()
 
 
 def test_the_other_settings_stay() -> None:
     training = Training(PLAIN)
-    cockpit = watch(training, parameters="2.*", panel="full", settings=ProbeSettings(mode="eval"))
+    cockpit = watch(training, parameters="2.*", panel="standard", settings=ProbeSettings(mode="eval"))
     cockpit.observe(*training.backward(0))
     (reading,) = readings(cockpit, "curvature/sharpness")
     assert reading.provenance["mode"] == "eval"

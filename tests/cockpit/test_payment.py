@@ -1,10 +1,11 @@
-"""What the budget lets through: first readings, what costs nothing, and the rest when training time has paid for it."""
+"""What the budget lets through: first readings, and the rest when training time has paid for it."""
 
 import time
 from typing import Any
 
 import pytest
 from loop_cases import CASES, Training
+from refusals import expected_refusals
 from watching import events, readings, watch
 
 from cockpit_bench import Cockpit
@@ -12,8 +13,7 @@ from cockpit_bench.panels import PANELS
 from instruments.refusal import Refusal
 
 PLAIN = CASES[0]
-PANEL = dict.fromkeys(PANELS["full"], 1)
-FREE = {"batch/loss", "gradient/norm", "network/weight_norm", "step/learning_rate"}
+PANEL = dict.fromkeys(set(PANELS["standard"]) - expected_refusals(Training(PLAIN)), 1)
 
 
 def set_training_seconds(cockpit: Cockpit, seconds: float) -> None:
@@ -22,16 +22,15 @@ def set_training_seconds(cockpit: Cockpit, seconds: float) -> None:
     cockpit.clock.load_state_dict({**state, "other": seconds})
 
 
-def test_first_readings_are_free_and_what_costs_nothing_is_always_read() -> None:
+def test_without_a_budget_there_are_first_readings_and_no_others() -> None:
     training = Training(PLAIN)
     cockpit = watch(training, instruments=PANEL, budget=0.0)
     training.run(6, cockpit.observe)
     for label in PANEL:
-        taken = [r.step for r in readings(cockpit, label, "ok")]
-        assert taken == (list(range(6)) if label in FREE else [0]), label
+        assert [r.step for r in readings(cockpit, label, "ok")] == [0], label
     outcome = cockpit.close()
     assert outcome is not None
-    assert dict(outcome.skips) == dict.fromkeys(set(PANEL) - FREE, 5)
+    assert dict(outcome.skips) == dict.fromkeys(PANEL, 5)
     assert set(outcome.tax) == set(PANEL)
 
 

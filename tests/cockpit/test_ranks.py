@@ -44,12 +44,16 @@ def test_one_logdir_for_two_processes(tmp_path: Path) -> None:
     assert sum('"kind":"header"' in line for line in lines) == 1
     assert run.bad_lines == 0
     assert {label: [r.step for r in run[label].readings] for label in run} == {
-        label: [0, 1, 2] for label in PANELS["full"]
+        label: [0, 1, 2] for label in PANELS["standard"]
     }
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     assert (folder / "checkpoints" / "last.pt").exists()
     for said in (first, second):
-        assert (said["ok"], said["status"], said["prices"]) == (3 * len(PANELS["full"]), "done", len(PANELS["full"]))
+        assert (said["ok"], said["status"], said["prices"]) == (
+            3 * len(PANELS["standard"]),
+            "done",
+            len(PANELS["standard"]),
+        )
     assert first["weights"] == second["weights"]
     assert f"log      {folder}" in first_err
     assert "step" not in second_err
@@ -68,7 +72,7 @@ def test_another_rank_writes_nothing_and_hears_everything(
     heard: list[Any] = []
     for resume in (False, True):
         cockpit = Cockpit(training.model, training.optimizers, loss=CASES[0].loss, logdir=tmp_path / "run",
-                          resume=resume, panel="light", sinks=[heard.append])  # fmt: skip
+                          resume=resume, panel="light", budget=None, sinks=[heard.append])  # fmt: skip
         training.run(2, cockpit.observe)
         cockpit.write_text("notes.txt", "of rank 1")
         assert len(readings(cockpit, "gradient/norm", "ok")) == 2

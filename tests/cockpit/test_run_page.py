@@ -110,15 +110,15 @@ def test_a_run_without_readings(records: tuple[Record, ...]) -> None:
 
 def test_a_real_run_from_its_log(tmp_path: Path) -> None:
     training = Training(CASES[0])
-    with watch(training, panel="full", logdir=tmp_path / "run", target=at_least("accuracy", 0.5)) as cockpit:
+    with watch(training, panel="standard", logdir=tmp_path / "run", target=at_least("accuracy", 0.5)) as cockpit:
         training.run(3, cockpit.observe)
         with cockpit.evaluating() as log:
             log(accuracy=0.75)
     run = read_run(tmp_path / "run")
     page = Table(run._repr_html_())
-    assert re.match(r"run: hit at step 3, .* m?s; 3 steps in ", page.text[0])
+    assert re.match(r"run: hit at step 3, .* [mµ]?s; 3 steps in ", page.text[0])
     shown = {(row[0], row[1]): row for row in page.rows if row[0]}
-    assert {label for label, _ in shown} == {"instrument", *PANELS["full"]}
+    assert {label for label, _ in shown} == {"instrument", *PANELS["standard"]}
     norm = shown["gradient/norm", "norm"]
     assert norm[2] == f"{run['gradient/norm']['norm'].values[-1]:.4g}"
     assert norm[4:7] == ["loss / parameter", "2", "3 ok"]

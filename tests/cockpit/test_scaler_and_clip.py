@@ -7,10 +7,10 @@ import pytest
 import torch
 from loop_cases import Case, Training, case_named, mlp, rows
 from torch import nn, optim
-from traces import differences, state_of
 from watching import events, readings, values, watch
 
 from cockpit_bench import Cockpit
+from cockpit_bench.testing.traces import differences, state_of
 from instruments.layout import total_norm
 
 PLAIN = Case("plain", mlp)

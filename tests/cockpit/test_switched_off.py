@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from loop_cases import CASES, Training
-from traces import differences, objects_of, state_of
 from watching import watch
 
 from cockpit_bench import Cockpit, Reading, at_least
+from cockpit_bench.testing.traces import differences, objects_of, state_of
 from instruments.curvature.sharpness import Sharpness
 
 PLAIN = CASES[0]

@@ -23,8 +23,8 @@ def main(rank: int, store: str) -> None:
     cockpit.close()
     events = [record for record in cockpit.records if isinstance(record, Event)]
     said: dict[str, Any] = {
-        "events": [[e.name, e.detail["reason"]] for e in events if "reason" in e.detail],
-        "ok": len(readings(cockpit, status="ok")),
+        "events": [[e.name, e.detail["reason"]] for e in events if "reason" in e.detail and e.name != "retired"],
+        "ok": sorted({r.instrument for r in readings(cockpit, status="ok")}),
         "weights": [p.tolist() for p in training.model.parameters()],
     }
     print(json.dumps(said))

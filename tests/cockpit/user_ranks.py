@@ -12,7 +12,7 @@ from watching import readings
 from cockpit_bench import Cockpit
 from cockpit_bench.panels import PANELS
 
-FULL = dict.fromkeys(PANELS["full"], 1)
+FULL = dict.fromkeys(PANELS["standard"], 1)
 
 
 def main(rank: int, store: str, logdir: str) -> None:

@@ -1,0 +1,76 @@
+"""What the products of others are worth: the Ritz pair of their span, and readings that cost nothing more."""
+
+import pytest
+import torch
+from cases import BY_NAME, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instruments import Probe, View
+from instruments.curvature.preconditioned_sharpness import PreconditionedSharpness
+from instruments.curvature.sharpness import Sharpness
+from instruments.held import HeldBatches
+from instruments.linalg.subspace import top_ritz_pair
+from instruments.objective import as_objective
+from instruments.operators.operator import DenseOperator
+from instruments.operators.preconditioned import PreconditionedOperator
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 8), st.integers(2, 6))
+def test_the_pair_is_that_of_the_projected_matrix(seed: int, size: int, count: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(size, size, generator=g, dtype=torch.float64)
+    a = a + a.T
+    v_kD = torch.randn(min(count, size), size, generator=g, dtype=torch.float64)
+    pair = top_ritz_pair([(v, a @ v) for v in (*v_kD, v_kD[0] + v_kD[1])])  # the last one is dependent
+    assert pair is not None
+    q_Dk, _ = torch.linalg.qr(v_kD.T)
+    assert pair.value == pytest.approx(float(torch.linalg.eigvalsh(q_Dk.T @ a @ q_Dk)[-1]), abs=1e-8)
+    assert pair.residual == pytest.approx(float((a @ pair.vector_D - pair.value * pair.vector_D).norm()), abs=1e-8)
+
+
+def test_nothing_from_one_vector_or_from_nan() -> None:
+    v = torch.ones(3)
+    assert top_ritz_pair([]) is None
+    assert top_ritz_pair([(v, v)]) is None
+    assert top_ritz_pair([(v, v), (torch.tensor([1.0, 0, 0]), torch.full((3,), float("nan")))]) is None
+
+
+def test_products_of_the_hessian_are_products_of_the_preconditioned_one() -> None:
+    class Remembering(DenseOperator):
+        def known(self):  # type: ignore[no-untyped-def]
+            return [(v, self.matvec(v)) for v in torch.eye(3, dtype=torch.float64)]
+
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 3, generator=g, dtype=torch.float64)
+    hessian, (d, c) = Remembering(a + a.T), torch.rand(2, 3, generator=g, dtype=torch.float64)
+    operator = PreconditionedOperator(hessian, d, c)
+    for v, image in operator.known():
+        assert torch.allclose(operator.matvec(v), image)
+    assert not PreconditionedOperator(hessian, torch.tensor([1.0, 0, 1]).double(), c).known()
+
+
+@pytest.mark.parametrize(("optimizer", "free"), [(torch.optim.SGD, True), (torch.optim.Adam, False)])
+def test_rho_of_sgd_costs_no_product_after_the_sharpness(optimizer: type, free: bool) -> None:
+    built = build(BY_NAME["mlp"])
+    opt = optimizer(built.model.parameters(), lr=0.1)
+    readers = [Sharpness(), PreconditionedSharpness()]
+    states = [reader.init() for reader in readers]
+    for step in range(6):
+        opt.zero_grad()
+        x, y = built.batch
+        built.loss(built.model(x), y).backward()
+        held = HeldBatches([built.batch])
+        products, values = [], []
+        with Probe(built.model, as_objective(built.loss), [opt], [built.batch], step=step, held=held) as probe:
+            for i, reader in enumerate(readers):
+                view = View(probe, reader.needs)
+                found, states[i] = reader.advance(view, states[i])
+                products.append(view.meter.products)
+                values.append(found)
+        opt.step()
+    assert products[0] > 0
+    assert (products[1] == 0) == free
+    if free:
+        assert float(values[1]["rho"]) == pytest.approx(0.05 * float(values[0]["sharpness"]), rel=1e-6)
