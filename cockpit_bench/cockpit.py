@@ -37,7 +37,7 @@ from cockpit_bench.recorder import Recorder
 from cockpit_bench.runlog import Metrics, Outcome, Reading, Record
 from cockpit_bench.runlog.reading import Ending as Status
 from cockpit_bench.sinks import Sink
-from cockpit_bench.step_watch import as_optimizers
+from cockpit_bench.step_watch import as_optimizers, refuse_strangers
 from instruments.held import HeldBatches
 from instruments.instrument import Instrument
 from instruments.layout import Layout
@@ -94,7 +94,9 @@ class Cockpit:
         settings = settings or ProbeSettings()
         if parameters is not None:
             settings = replace(settings, parameters=parameters)
-        self._device = Layout.of(unwrapped(model), settings.patterns).device
+        layout = Layout.of(unwrapped(model), settings.patterns)
+        refuse_strangers(optimizers, layout.params)
+        self._device = layout.device
         self.clock = Clock(sync=partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None)
         slots, purse, held = assemble(panel, instruments, steps), Budget(budget), HeldBatches(probe)
         about = {"target": None if target is None else asdict(target), "steps": steps, "instruments": declared(slots)}
@@ -240,6 +242,7 @@ class Cockpit:
             return
         loop = self._observer.loop
         loop.step, loop.compared = int(state["step"]), bool(state["compared"])
+        loop.begun_at = loop.step
         loop.gradient_factor = float(state["gradient_factor"])
         self._recorder.from_step = loop.step
         self.clock.load_state_dict(state["clock"])

@@ -22,11 +22,13 @@ class Ending:
         self.hit_step: int | None = None
         self.hit_seconds: float | None = None
         self.best: float | None = None
+        self.logged: set[str] = set()
         self.outcome: Outcome | None = None
         self.last_loss: Tensor | float | None = None  # read only when the run is closed
 
     def evaluated(self, metrics: Mapping[str, float], step: int, seconds: float) -> bool:
         """True when these metrics reach the target for the first time."""
+        self.logged.update(metrics)
         if self.target is None or self.target.metric not in metrics:
             return False
         value = metrics[self.target.metric]
@@ -61,7 +63,12 @@ class Ending:
             return "hit", reason
         if self.last_loss is not None and not math.isfinite(float(self.last_loss)):
             return "diverged", reason or f"the training loss is {float(self.last_loss)}"
-        return ("done" if self.target is None else "miss"), reason
+        if self.target is None:
+            return "done", reason
+        if self.best is None and not reason:
+            logged = ", ".join(sorted(self.logged)) or "nothing"
+            reason = f"'{self.target.metric}' was never logged inside evaluating(); logged was {logged}"
+        return "miss", reason
 
     def state_dict(self) -> dict[str, Any]:
         return {"hit_step": self.hit_step, "hit_seconds": self.hit_seconds, "best": self.best}

@@ -14,6 +14,8 @@ class LoopState:
     """`step` counts optimizer steps taken. A step is observed once, then stepped once by each optimizer."""
 
     step: int = 0
+    begun_at: int = 0  # the step of the start, or of the checkpoint that was resumed
+    begun: bool = False
     batches: list[Batch] = field(default_factory=list)
     last: list[Batch] = field(default_factory=list)
     loss: Tensor | float | None = None

@@ -53,6 +53,7 @@ class Observer:
         self._update: Bucket | None = None
         self._plans: dict[Any, Any] = {}
         self._copies: list[Tensor] | None = None
+        self._first: Tensor | None = None
         self._collects = any(s.instrument.needs & CURVATURES for s in readout.stations)
         outputs = [out for s in readout.stations for out in s.instrument.outputs.values()]
         self._per_layer = any(out.kind == "per-layer" for out in outputs)
@@ -70,6 +71,8 @@ class Observer:
             return
         loop.observed, loop.version = True, self._version()
         self.last_loss = loop.loss
+        if not loop.begun:
+            self._first_observed()
         if self._collects:
             self.held.offer(loop.batches)
         due = self._readout.due(loop.step)
@@ -78,6 +81,18 @@ class Observer:
             payable = self._readout.payable(due, loop.step)
             if payable:
                 self._read_before_step(payable)
+
+    def _first_observed(self) -> None:
+        """Steps that were taken before anything was observed: observe() may stand on the wrong side of them."""
+        loop = self.loop
+        if loop.begun_at != loop.step:
+            reason = (
+                f"{loop.step - loop.begun_at} optimizer step(s) were taken before the first observe(); it belongs "
+                "after backward() and before the optimizer's step(), else every reading pairs the gradient with "
+                "parameters that have moved on. If you began to observe late on purpose, this is of no concern."
+            )
+            self.event("observed_late", reason=reason)
+        loop.begun = True
 
     def _read_before_step(self, stations: list[Station]) -> None:
         loop = self.loop
@@ -258,7 +273,10 @@ class Observer:
 
     def _version(self) -> int:
         """Changes when an optimizer writes to the first trained parameter."""
-        return next((p._version for p in self._module.parameters() if p.requires_grad), 0)
+        first = self._first
+        if first is None or not first.requires_grad:  # frozen since: another one is looked for
+            self._first = first = next((p for p in self._module.parameters() if p.requires_grad), None)
+        return 0 if first is None else first._version
 
     def _one_number(self, loss: Tensor | float | None) -> Tensor | float | None:
         """The loss, or None with an event when it is not one number."""

@@ -12,6 +12,7 @@ the run is not known they fall back to a fixed period.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from cockpit_bench.cadence import Cadence, as_cadence, every, spread
@@ -115,6 +116,12 @@ def assemble(
     A value is a cadence (the label names the instrument), or (instrument, cadence), where the instrument is an
     instance or a name.
     """
+    for name, given in (("panel", panel), ("instruments", instruments)):
+        if not isinstance(given, Mapping | NoneType) and not (name == "panel" and isinstance(given, str)):
+            raise ValueError(
+                f"expected {name} as a mapping from label to cadence, got {given!r}; write for example "
+                '{"curvature/sharpness": 50} for a reading at every fiftieth step.'
+            )
     merged = {**members(panel), **(instruments or {})}
     return [_slot(label, value, steps) for label, value in merged.items()]
 

@@ -58,3 +58,13 @@ def as_optimizers(given: Any) -> tuple[Any, ...]:
     if not optimizers:
         raise ValueError("expected at least one optimizer, got an empty sequence.")
     return optimizers
+
+
+def refuse_strangers(optimizers: Sequence[Any], params: Sequence[Any]) -> None:
+    """ValueError when no optimizer holds any parameter of the model: every reading of the step would be a zero."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    if not held & {id(p) for p in params}:
+        raise ValueError(
+            "expected an optimizer that holds parameters of the model, got one that holds none of them (of another "
+            "model, or of this one before its layers were replaced?); make the optimizer from this model's parameters."
+        )

@@ -65,7 +65,8 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     return GradientMatch(
         "unexplained", cosine, ratio,
         f"the gradient of the loss given to the cockpit points elsewhere than .grad (cosine {cosine:.3f}): the loss "
-        "given is not the loss trained, or the batch passed to observe() is not the one that backward() saw. "
+        "given is not the loss trained, the batch passed to observe() is not the one that backward() saw, or observe() "
+        "was called after the optimizer's step. "
         "Every reading of curvature, noise and step describes the loss that was given.",
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from instruments.objective import Batch, bytes_of, clone_of, examples_of, moved, tensors_of
 
@@ -30,6 +31,11 @@ class HeldBatches:
 
     def __init__(self, given: Iterable[Batch] | None = None) -> None:
         self.batches: list[Batch] = [] if given is None else list(given)
+        if isinstance(given, tuple) and given and all(isinstance(part, Tensor) for part in given):
+            raise ValueError(
+                "expected probe=batches(b1, b2, ...), got a tuple of tensors, which looks like one batch; did you mean "
+                "probe=batches((x, y))? As it stands each tensor would be a batch of its own."
+            )
         if given is not None and all(map(is_empty, self.batches)):
             raise ValueError(
                 "expected probe batches with at least one example, got none; pass probe=batches(b1, b2, ...) "

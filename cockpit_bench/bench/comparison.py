@@ -29,10 +29,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one trial with several seeds."""
+    """Runs of one trial with several seeds. `target` is what they were timed to, in words; empty where none was set."""
 
     name: str
     workload: str
+    target: str
     entries: tuple[Entry, ...]
 
     @property
@@ -64,27 +65,41 @@ class Ratio:
 def compare(runs: Sequence[Run]) -> tuple[list[Group], list[Ratio]]:
     """Groups, fastest first, and every other group of a workload against its fastest.
 
-    Groups are compared within a workload only. Raises ValueError for a run that has not ended.
+    Groups are compared within a workload and a target only, and runs round a loop, of which nobody knows what they
+    trained, not at all. Raises ValueError for a run that has not ended.
     """
-    groups = sorted(_groups(runs), key=lambda group: (group.workload, group.seconds, group.steps))
+    groups = sorted(_groups(runs), key=lambda group: (group.workload, group.target, group.seconds, group.steps))
     ratios = []
-    for workload in dict.fromkeys(group.workload for group in groups):
-        base, *others = [group for group in groups if group.workload == workload]
+    for problem in dict.fromkeys((group.workload, group.target) for group in groups if group.workload):
+        base, *others = [group for group in groups if (group.workload, group.target) == problem]
         ratios += [ratio for other in others if (ratio := _paired(other, base)) is not None]
     return groups, ratios
 
 
 def _groups(runs: Sequence[Run]) -> list[Group]:
     found: dict[str, tuple[Mapping[str, Any], list[Entry]]] = {}
+    targets: dict[str, str] = {}
     for run in runs:
         trial = {key: value for key, value in run.trial.items() if key != "seed"}
         key = json.dumps(trial or {"folder": run.folder.name}, sort_keys=True)
         found.setdefault(key, (trial, []))[1].append(_entry(run))
+        targets[key] = _target(run)
     names = _names([trial for trial, _ in found.values()])
     return [
-        Group(name or entries[0].folder, str(trial.get("workload", "")), tuple(sorted(entries, key=lambda e: e.seed)))
-        for name, (trial, entries) in zip(names, found.values(), strict=True)
+        Group(
+            name or entries[0].folder,
+            str(trial.get("workload", "")),
+            targets[key],
+            tuple(sorted(entries, key=lambda e: e.seed)),
+        )
+        for name, (key, (trial, entries)) in zip(names, found.items(), strict=True)
     ]
+
+
+def _target(run: Run) -> str:
+    target = (run.header.extra.get("target") if run.header else None) or {}
+    sign = {"at_least": ">=", "at_most": "<="}.get(str(target.get("direction")), "")
+    return f"{target['metric']} {sign} {target['value']:g}" if target else ""
 
 
 def _entry(run: Run) -> Entry:

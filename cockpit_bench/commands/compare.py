@@ -42,13 +42,14 @@ def _runs(paths: list[Path]) -> list[Run]:
 
 
 def _table(groups: list[Group]) -> list[str]:
-    rows = [["group", "hits", "steps to target", "seconds to target", "best", "tax"]]
+    rows = [["group", "target", "hits", "steps to target", "seconds to target", "best", "tax"]]
     for group in groups:
         bests = [entry.best for entry in group.entries if entry.best is not None]
         taxes = [entry.tax for entry in group.entries if math.isfinite(entry.tax)]
         rows.append(
             [
                 group.name,
+                group.target or "none",
                 f"{group.hits} of {len(group.entries)}",
                 _time(group.steps, [entry.steps for entry in group.entries], "{:.0f}"),
                 _time(group.seconds, [entry.seconds for entry in group.entries], "{:.3g}"),

@@ -10,6 +10,7 @@ from cockpit_bench.runlog import Event, Outcome, Reading, Record
 WIDTH = 79
 LABEL = 40
 SMALL = 0.001  # of the training time: what took less is one line together
+SHORT = 60.0  # seconds of training
 MOST = 12  # instruments with a line each; what took less than they did joins that line
 
 
@@ -64,6 +65,8 @@ def _tax_lines(outcome: Outcome) -> list[str]:
         lines.append(f"{shares[label]:14.1%}  {shortened(label):{LABEL}}  {skips:>15}".rstrip())
     if len(small) > 1:
         lines.append(f"{sum(shares[label] for label in small):14.1%}  {len(small)} more, each below {least:.1%}")
+    if skipped > outcome.step and outcome.seconds < SHORT:
+        lines.append("         in so short a run the budget is little; budget=None reads all that is due")
     return lines
 
 

@@ -94,7 +94,8 @@ def refuse_undefined(module: nn.Module) -> None:
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
             raise Undefined(
                 f"per-example gradients are not defined: {type(m).__name__} '{name}' in training mode mixes the "
-                "examples of a batch; put it in eval mode, use GroupNorm or LayerNorm, or read with mode='eval'."
+                "examples of a batch; put it in eval mode, use GroupNorm or LayerNorm, or read in eval mode by "
+                "Cockpit(..., settings=ProbeSettings(mode='eval'))."
             )
 
 

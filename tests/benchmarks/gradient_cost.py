@@ -11,7 +11,9 @@ configuration "economy" beside it, where it is installed:
     pip install --no-deps --target DIR cockpit-for-pytorch json-tricks pandas seaborn palettable python-dateutil six
     PYTHONPATH=DIR python tests/benchmarks/gradient_cost.py economy
 
-One thread, CPU time of the process, what is compared takes turns; quartiles stand behind medians.
+One thread, CPU time of the process, what is compared takes turns; quartiles stand behind medians. Page faults come and
+go with the heap, up to a third of a gradient: with MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1000000000
+(glibc) there are none.
 """
 
 import argparse
@@ -45,6 +47,7 @@ from instruments.refusal import Refusal
 
 LOSS = nn.CrossEntropyLoss()
 READ: Sequence[Instrument] = (NoiseScale(), SignalToNoise(), GradientTests(), Coherence())
+NEEDS = frozenset[str]().union(*(instrument.needs for instrument in READ))
 ENGINES = ("fused", "torch.func", "backpack")
 ECONOMY = (
     "batch/loss", "gradient/norm", "gradient/histogram", "gradient/gradient_tests", "step/alpha", "step/distance",
@@ -63,18 +66,23 @@ def cpu_seconds(call: Call) -> float:
     return time.process_time() - begun
 
 
-def ratios(calls: dict[str, Call], unit: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Cost of each call in units of the one named `unit`, by rounds in which all take their turn."""
+def ratios(calls: dict[str, Call], unit: str, rounds: int, *, warm: bool) -> dict[str, dict[str, float]]:
+    """Cost of each call in units of the one named `unit`, by rounds in which all take their turn.
+
+    `warm`: each is made twice, the second is measured, so that none pays for the caches that its neighbour emptied.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds + 2):
         for name, call in calls.items():
+            if warm:
+                call()
             spent = cpu_seconds(call)
             if index >= 2:  # the first rounds look at the graph and fill the memory pools
                 seconds[name].append(spent)
     found = {}
-    for name, spent in seconds.items():
-        quarters = statistics.quantiles([a / b for a, b in zip(spent, seconds[unit], strict=True)], n=4)
-        milliseconds = statistics.median(spent) * 1e3
+    for name, mine in seconds.items():
+        quarters = statistics.quantiles([a / b for a, b in zip(mine, seconds[unit], strict=True)], n=4)
+        milliseconds = statistics.median(mine) * 1e3
         found[name] = {"ratio": quarters[1], "low": quarters[0], "high": quarters[2], "ms": milliseconds}
     return found
 
@@ -93,16 +101,8 @@ class Reading:
 
     def __call__(self) -> None:
         moment = self.moment
-        probe = Probe(
-            moment.model,
-            as_objective(LOSS),
-            [moment.optimizer],
-            [moment.batch],
-            settings=ProbeSettings(samples=self.engine),
-            expected=frozenset[str]().union(*(instrument.needs for instrument in READ)),
-            plans=self.plans,
-        )
-        with probe:
+        seen = (moment.model, as_objective(LOSS), [moment.optimizer], [moment.batch])
+        with Probe(*seen, settings=ProbeSettings(samples=self.engine), expected=NEEDS, plans=self.plans) as probe:
             for index, instrument in enumerate(READ):
                 _, self.states[index] = instrument.advance(View(probe, instrument.needs), self.states[index])
 
@@ -120,7 +120,7 @@ def reading_cost(problem: Problem, rounds: int) -> dict[str, Any]:
             refused[engine] = str(refusal)
         else:
             calls[engine] = reading
-    found = ratios(calls, "gradient", rounds)
+    found = ratios(calls, "gradient", rounds, warm=True)
     return {"limit": MOST_G[problem.name], "engines": found, "refused": refused}
 
 
@@ -172,16 +172,8 @@ class Training:
             self.optimizer.zero_grad()
 
     def observed(self) -> Call:
-        cockpit = Cockpit(
-            self.model,
-            self.optimizer,
-            loss=LOSS,
-            panel=None,
-            instruments=dict.fromkeys(ECONOMY, 1),
-            budget=None,
-            sinks=[],
-            strict=True,
-        )
+        panel = dict.fromkeys(ECONOMY, 1)
+        cockpit = Cockpit(self.model, self.optimizer, loss=LOSS, panel=panel, budget=None, sinks=[], strict=True)
 
         def block() -> None:
             for x, y in self.batches:
@@ -208,13 +200,8 @@ class Training:
                 self.optimizer.zero_grad()
                 outputs = model(x)
                 loss = loss_fn(outputs, y)
-                info = {
-                    "batch_size": len(y),
-                    "individual_losses": each(outputs, y),
-                    "loss": loss,
-                    "optimizer": self.optimizer,
-                }
-                with cockpit(step, info=info):
+                known = {"batch_size": len(y), "individual_losses": each(outputs, y)}
+                with cockpit(step, info={**known, "loss": loss, "optimizer": self.optimizer}):
                     loss.backward(create_graph=cockpit.create_graph(step))
                 self.optimizer.step()
                 step += 1
@@ -249,7 +236,7 @@ def economy_cost(problem: Problem, rounds: int) -> dict[str, Any]:
         calls["cockpit"] = Training(problem, batches).by_cockpit()
     except ImportError as error:
         absent = f"Cockpit is left out ({error}); the head of this file says how to install it"
-    found = ratios(calls, "plain", rounds)
+    found = ratios(calls, "plain", rounds, warm=False)
     for row in found.values():
         row["ms"] /= BLOCK
     return {"limit": MOST_ECONOMY[problem.name], "steps": found, "absent": absent}

@@ -162,3 +162,63 @@ def test_a_module_that_is_really_compiled_is_read_without_compiling(in_place: bo
     assert len(calls) == compiled
     assert {r.instrument for r in readings(cockpit, status="ok")} == set(EVERYTHING) - expected_refusals(training)
     cockpit.close()
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="holds none of them"):
+        Cockpit(model, torch.optim.SGD(other.parameters(), lr=0.1), loss=nn.MSELoss(), sinks=[])
+
+
+def test_one_batch_as_probe_is_not_taken_for_two() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"did you mean probe=batches\(\(x, y\)\)"):
+        Cockpit(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), loss=nn.MSELoss(), sinks=[],
+            probe=(torch.randn(3, 2), torch.randn(3, 2)),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [["curvature/sharpness"], "curvature/sharpness", 3])
+def test_instruments_are_a_mapping(given: object) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="mapping from label to cadence"):
+        Cockpit(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            loss=nn.MSELoss(),
+            sinks=[],
+            instruments=given,  # type: ignore[arg-type]
+        )
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_observing_after_the_step_is_said_at_once(late: bool) -> None:
+    model = nn.Linear(2, 2)
+    optimizer, (x, y) = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(2, 3, 2)
+    with Cockpit(model, optimizer, loss=nn.MSELoss(), sinks=[], panel="light") as cockpit:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = nn.MSELoss()(model(x), y)
+            loss.backward()
+            if late:
+                optimizer.step()
+            cockpit.observe((x, y), loss)
+            if not late:
+                optimizer.step()
+        told = [record for record in cockpit.records if getattr(record, "name", "") == "observed_late"]
+    assert len(told) == late
+
+
+def test_a_target_that_nobody_logged_is_named() -> None:
+    from cockpit_bench import at_least
+
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cockpit = Cockpit(model, optimizer, loss=nn.MSELoss(), sinks=[], target=at_least("valid_acc", 0.5))
+    with cockpit.evaluating() as log:
+        log(valid_accuracy=0.9)
+    outcome = cockpit.close()
+    assert outcome is not None
+    assert outcome.status == "miss"
+    assert outcome.reason == "'valid_acc' was never logged inside evaluating(); logged was valid_accuracy"

@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 x, y = torch.randn(16, 4), torch.randint(2, (16,))
 model, loss_fn = nn.Sequential(nn.Linear(4, 2)), nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(model.parameters())
-with cockpit_bench.Cockpit(model, optimizer, loss=loss_fn, panel="full", strict=True, sinks=[]) as cockpit:
+with cockpit_bench.Cockpit(model, optimizer, loss=loss_fn, panel="standard", strict=True, sinks=[]) as cockpit:
     loss = loss_fn(model(x), y)
     loss.backward()
     cockpit.observe((x, y), loss)

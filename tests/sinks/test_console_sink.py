@@ -246,3 +246,14 @@ def test_nothing_strange_stops_it(encoding: str, terminal: bool) -> None:
     assert "\x1b" not in text
     assert re.search(r"loss is (∞|\\u221e)", text)
     assert "rho nan" in text
+
+
+def test_a_short_run_whose_budget_read_little_is_told_what_to_do() -> None:
+    few = Outcome("done", 100, 10.0, None, None, None, "", {}, 12.0, {"a/b": 0.5}, {"a/b": 90})
+    many = Outcome("done", 100, 10.0, None, None, None, "", {}, 12.0, {"a/b": 0.5}, {"a/b": 99, "c/d": 99})
+    long = Outcome("done", 100, 100.0, None, None, None, "", {}, 120.0, {"a/b": 0.5}, {"a/b": 99, "c/d": 99})
+    assert [any("budget=None" in line for line in said(outcome)) for outcome in (few, many, long)] == [
+        False,
+        True,
+        False,
+    ]
