@@ -44,7 +44,8 @@ def _recording(model: nn.Module, seen: dict[str, list[Tensor]]) -> Iterator[None
 
             def keep(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
                 found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-                seen.setdefault(name, []).extend(leaf.detach() for leaf in found[:1])
+                # A copy: what follows may write into it (ReLU(inplace=True), a residual connection by +=).
+                seen.setdefault(name, []).extend(leaf.detach().clone() for leaf in found[:1])
 
             handles.append(module.register_forward_hook(keep))
     try:

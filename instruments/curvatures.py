@@ -1,5 +1,6 @@
 """The matrices of a step, made when asked for: Hessian, Gauss-Newton and Fisher of the loss on the held batches."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -32,7 +33,7 @@ class Curvatures:
     """
 
     def __init__(self, probe: "Probe") -> None:
-        self._probe = probe
+        self._probe: Probe = weakref.proxy(probe)  # a cycle would keep gradients and batches until it is collected
         self._made: dict[str, Curvature] = {}
 
     def release(self) -> None:

@@ -37,6 +37,7 @@ def untouched(model: nn.Module) -> Iterator["Buffers"]:
         undo.append(RandomStates.of(model).put_back)
         undo.append(_attributes(model))
         undo.append(_gradients(model))
+        undo.append(_renormalised(model))
         buffers = Buffers(model)
         undo.append(buffers.put_back)
         buffers.fresh()
@@ -147,6 +148,22 @@ def _gradients(model: nn.Module) -> Undo:
     def put_back() -> None:
         for p, grad in held:
             p.grad = grad
+
+    return put_back
+
+
+def _renormalised(model: nn.Module) -> Undo:
+    """Weights that a forward writes to, those of embeddings with `max_norm`, are exchanged for copies."""
+    owners = [module for module in model.modules() if getattr(module, "max_norm", None) is not None]
+    weights = {id(w): w for module in owners if isinstance(w := getattr(module, "weight", None), nn.Parameter)}
+    held = [(w, w.data, w._version) for w in weights.values()]
+    for w, own, _ in held:
+        w.data = own.clone()
+
+    def put_back() -> None:
+        for w, own, version in held:
+            w.data = own
+            torch._C._autograd._unsafe_set_version_counter((w,), (version,))
 
     return put_back
 

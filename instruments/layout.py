@@ -41,7 +41,9 @@ class Layout:
             )
         if patterns is not None:
             names = [name for name, _ in pairs]
-            pairs = [(name, p) for name, p in pairs if any(fnmatchcase(name, pattern) for pattern in patterns)]
+            every = model.named_parameters(remove_duplicate=False)
+            chosen = {id(p) for name, p in every if any(fnmatchcase(name, pattern) for pattern in patterns)}
+            pairs = [(name, p) for name, p in pairs if id(p) in chosen]
             if not pairs:
                 raise ValueError(
                     f"expected patterns that match trainable parameters, got {', '.join(map(repr, patterns))}; "

@@ -22,6 +22,7 @@ from instruments.layout import Layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
 from instruments.objective import Batch, Objective, Parts, losses_by_example, pooled_loss
 from instruments.preconditioners import Preconditioner, read_preconditioner
+from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
 from instruments.running import Mode, running, unwrapped
 from instruments.samples.moments import EngineName, SampleMoments, sample_moments
@@ -235,6 +236,7 @@ class Probe(AbstractContextManager["Probe"]):
         """Loss, its gradient of shape (D,), and whether the forward drew random numbers."""
         with torch.enable_grad():
             loss, random = self.step_loss(weighted=weighted)
+            refuse_reentrant(loss)
             with self.running(held=False, differentiable=False, forward=False):
                 grads = torch.autograd.grad(loss, self.layout.params, allow_unused=True)
         return loss.detach(), self.layout.join(grads), random
@@ -278,17 +280,17 @@ class Probe(AbstractContextManager["Probe"]):
         return list(torch._foreach_sub([p.detach() for p in self.layout.params], self.before))
 
     def effect(self, meter: Meter) -> StepEffect:
-        found: StepEffect = self.once("effect", lambda: step_effect(self, self.before), meter, 4 / 3)
+        found: StepEffect = self.once("effect", lambda: step_effect(self, self._all_before), meter, 4 / 3)
         return found
 
     def loss_at(self, scale: float, meter: Meter) -> Tensor:
         """Loss of the step's batches at the old parameters plus `scale` times the step."""
-        found: Tensor = self.once(f"loss at {scale!r}", lambda: loss_at(self, self.before, scale), meter, 1 / 3)
+        found: Tensor = self.once(f"loss at {scale!r}", lambda: loss_at(self, self._all_before, scale), meter, 1 / 3)
         return found
 
     def step_examples(self, meter: Meter) -> StepExamples:
         """The loss at both ends of the step and its slope, by example."""
-        found: StepExamples = self.once("step_examples", lambda: step_examples(self, self.before), meter, 7 / 3)
+        found: StepExamples = self.once("step_examples", lambda: step_examples(self, self._all_before), meter, 7 / 3)
         return found
 
     def inner_products(self, direction_D: Tensor) -> Tensor:
@@ -296,6 +298,13 @@ class Probe(AbstractContextManager["Probe"]):
         moments = self._read_moments(frozenset({"inner_products"}), direction_D)
         assert moments.inner_NL is not None
         return moments.inner_NL.sum(1)
+
+    @property
+    def _all_before(self) -> list[Tensor]:
+        """The parameters before the step, where they are all that the step changed."""
+        if self.settings.patterns is not None:
+            raise Refusal("a step changes all parameters, and its loss with them; read it without parameters=...")
+        return self.before
 
     @property
     def before(self) -> list[Tensor]:

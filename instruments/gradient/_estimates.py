@@ -44,7 +44,7 @@ def jackknife(left_out_N: Tensor) -> Tensor:
 
 
 def variances(moments: SampleMoments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """By parameter tensor, flat: gbar^2, the unbiased variance s^2, and which coordinates have more than rounding of it.
+    """By parameter tensor, flat: gbar^2, the unbiased variance s^2, and which coordinates have some beyond rounding.
 
     Rounding leaves a variance of about eps times the mean square where all examples agree, and elements of about eps
     times the largest of the tensor where the gradient is zero by construction (the biases of the keys of attention).

@@ -28,6 +28,7 @@ from torch import Tensor
 from instruments.layout import Layout, total_norm
 from instruments.operators.hessian import Context, Piece
 from instruments.operators.operator import Operator
+from instruments.reentrant import refuse_reentrant
 from instruments.step_effect import exchanged
 
 PRODUCT = 2.0  # in g: two gradients
@@ -61,6 +62,7 @@ class FiniteDifferenceOperator(Operator):
         for piece in self._pieces:
             with self._context(True), torch.enable_grad():
                 total, its_weight = piece()
+                refuse_reentrant(total)
                 if total.requires_grad:
                     total_D += self._layout.join(torch.autograd.grad(total, self._layout.params, allow_unused=True))
                 weight = weight + its_weight

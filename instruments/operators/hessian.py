@@ -16,6 +16,7 @@ from torch import Tensor
 
 from instruments.layout import Layout
 from instruments.operators.operator import Operator
+from instruments.reentrant import nodes, refuse_reentrant
 
 Piece = Callable[[], tuple[Tensor, Tensor | float]]
 """Evaluates one batch: (total loss with a graph, weight without one)."""
@@ -56,6 +57,12 @@ class HessianOperator(Operator):
         """Gradient of the same loss, shape (D,)."""
         return self._weighted(lambda graph: graph.gradient())
 
+    @property
+    def opaque(self) -> bool:
+        """Whether a graph holds an autograd.Function of the user's, whose second derivative may be missing."""
+        graphs = self._graphs if self._graphs is not None else [self._graph(piece) for piece in self._pieces[:1]]
+        return any(graph.opaque for graph in graphs)
+
     def matvec(self, v_D: Tensor) -> Tensor:
         v = self._layout.split(v_D)
         with self._context(False):
@@ -86,6 +93,8 @@ class _Graph:
         self._params = layout.params
         with torch.enable_grad():
             total, self.weight = piece()
+            refuse_reentrant(total)
+            self.opaque = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes(total))
             self._grads: list[Tensor | None] = [None] * len(self._params)
             if total.requires_grad:
                 grads = torch.autograd.grad(total, self._params, create_graph=True, allow_unused=True)

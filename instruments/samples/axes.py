@@ -57,17 +57,17 @@ def profile(delta: Tensor, examples: int) -> Profile:
     }
 
 
-def find_axis(seen: Sequence[tuple[int, Profile]], examples: int) -> ExampleAxis | None:
-    """The first layout in which all that the loss of example k touched lies in the slice of k, for each (k, profile).
+def find_axes(seen: Sequence[tuple[int, Profile]], examples: int) -> Iterator[ExampleAxis]:
+    """The layouts in which all that the loss of example k touched lies in the slice of k, for each (k, profile).
 
-    Dimensions are tried in order, and in each the layout with examples outermost first. None when there is none.
+    Dimensions are tried in order, and in each the layout with examples outermost first. Several fit where too little
+    was touched: gradients that are zero (a gate that starts at zero, masked positions) fit any.
     """
     for dim in seen[0][1] if seen else ():
         for inner in _divisors(len(seen[0][1][dim]) // examples):
             axis = ExampleAxis(dim, examples, inner)
             if all(_only(axis, found[dim], k) for k, found in seen):
-                return axis
-    return None
+                yield axis
 
 
 def _only(axis: ExampleAxis, touched: Tensor, k: int) -> bool:

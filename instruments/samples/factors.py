@@ -105,7 +105,7 @@ class Outer(Factor):
         inner_N = None if v_Gpq is None else torch.zeros_like(norms_N)
         gram_NN = self.a_NGTp.new_zeros(n, n) if "gram" in wants else None
         squares: list[Tensor] = []
-        for rows in _blocks(p, n * groups * q, self.a_NGTp):
+        for rows in blocks(p, n * groups * q, self.a_NGTp):
             g_NGrq = self.a_NGTp[..., rows].mT @ self.b_NGTq
             g_Nd = g_NGrq.reshape(n, -1)
             if inner_N is not None and v_Gpq is not None:
@@ -152,7 +152,7 @@ class Lookup(Factor):
 
     def _gram(self) -> Tensor:
         gram_NN = self.grads_Uq.new_zeros(self.examples, self.examples)
-        for rows in _blocks(self.shape[0], self.examples * self.shape[1], self.grads_Uq):
+        for rows in blocks(self.shape[0], self.examples * self.shape[1], self.grads_Uq):
             mine_U = (self.row_U >= rows.start) & (self.row_U < rows.stop)
             height = rows.stop - rows.start
             part = Lookup(
@@ -205,7 +205,8 @@ class Together(Factor):
 
     def rows(self, some: slice) -> Tensor:
         first, last, _ = some.indices(self.examples)
-        total = self.param.new_zeros(last - first, self.param.numel())
+        dtype = torch.promote_types(self.param.dtype, torch.float32)
+        total = self.param.new_zeros(last - first, self.param.numel(), dtype=dtype)
         for use, part in zip(self.uses, self.parts, strict=True):
             total += use.rows_to_parameter(part.rows(slice(first, last))).to(total.dtype)
         return total.reshape(last - first, *self.param.shape)
@@ -222,13 +223,13 @@ def in_chunks(
     squares_d: Tensor | None = None
     gram: list[Tensor] = []
     every_pair = "gram" in wants
-    for some in _blocks(examples, size, like, large=every_pair):
+    for some in blocks(examples, size, like, large=every_pair):
         g_nd = rows(some).reshape(some.stop - some.start, -1)
         if direction is not None:
             inner.append(g_nd @ direction.reshape(-1).to(g_nd.dtype))
         if every_pair:
-            blocks = _blocks(examples, size, like, large=True)
-            others = (g_nd if other == some else rows(other).flatten(1) for other in blocks)
+            every = blocks(examples, size, like, large=True)
+            others = (g_nd if other == some else rows(other).flatten(1) for other in every)
             gram.append(torch.cat([g_nd @ other_nd.T for other_nd in others], 1))
         squares_nd = g_nd.square()
         norms.append(squares_nd.sum(1))
@@ -255,7 +256,7 @@ def _added(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).sum(0)
 
 
-def _blocks(count: int, each: int, like: Tensor, *, large: bool = False) -> list[slice]:
+def blocks(count: int, each: int, like: Tensor, *, large: bool = False) -> list[slice]:
     """Slices of `count` things of `each` scalars, a bounded number of scalars together on the device of `like`."""
     bound = LARGE_BLOCK if large else BLOCK_SCALARS.get(like.device.type, LARGE_BLOCK)
     height = max(1, bound // max(1, each))

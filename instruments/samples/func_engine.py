@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from instruments.objective import Batch, plain_tree
 from instruments.refusal import Refusal
-from instruments.samples.independence import refuse_interaction, whole_batch
+from instruments.samples.independence import check_at_rest, refuse_interaction, whole_batch
 from instruments.samples.problem import BatchMoments, SampleProblem
 from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
 
@@ -22,6 +22,8 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     number was drawn, the examples interact (contrastive losses, batch statistics) and the reading is refused.
     """
     whole_N, denominator, random = whole_batch(problem, batch)
+    if random:
+        check_at_rest(problem, batch)
     leaves, spec = tree_flatten(plain_tree(batch))
     n, layout = whole_N.shape[0], problem.layout
     mapped = [isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves]

@@ -6,7 +6,7 @@ same. Between parameter and operation may stand views (a transpose, a slice), wh
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,13 +74,30 @@ class Use:
         return Statistics(found.norms_sq_N, squares, found.inner_N, found.gram_NN)
 
 
-def find_uses(root: Node, params: Sequence[Tensor]) -> list[Use]:
+REORDERING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "MaskedS", "PackPadded", "Roll", "Flip")
+"""Beginnings of the names of operations that may move examples to other places, differently at every batch."""
+
+
+class Uses(NamedTuple):
+    """The uses of all parameters; `key` tells graphs apart; `reorders`: examples may change places between layers."""
+
+    all: list[Use]
+    key: int
+    reorders: bool
+
+
+def find_uses(root: Node, params: Sequence[Tensor]) -> Uses:
     """Every use of every parameter below `root`, by one walk over the graph."""
+    names: list[tuple[str, object]] = []
+    reorders = False
     consumers: dict[Node, list[tuple[Node, int, int]]] = {}
     leaves: dict[int, Node] = {}
     seen, waiting = {root}, [root]
     while waiting:
         node = waiting.pop()
+        name = str(node.name())
+        names.append((name, tuple(tuple(about.shape) for about in node._input_metadata)))
+        reorders |= name.startswith(REORDERING) or isinstance(node, torch.autograd.function.BackwardCFunction)
         for slot, (below, output) in enumerate(node.next_functions):
             if below is None:
                 continue
@@ -95,7 +112,8 @@ def find_uses(root: Node, params: Sequence[Tensor]) -> list[Use]:
         leaf = leaves.get(id(p))
         if leaf is not None:
             _climb(index, leaf, (), tuple(p.shape), consumers, uses)
-    return uses
+    chains = [(u.index, u.slot, u.name, u.shape, [(str(node.name()), out) for node, out in u.chain]) for u in uses]
+    return Uses(uses, hash((tuple(names), repr(chains))), reorders)
 
 
 def _climb(

@@ -1,5 +1,9 @@
 """Do the examples of a batch have losses of their own? Asked of the numbers, not of a list of layer names."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -45,12 +49,38 @@ def check_by_half(problem: SampleProblem, batch: Batch, together_N: Tensor) -> N
         refuse_interaction(half_N, together_N[: n // 2])
 
 
+def check_at_rest(problem: SampleProblem, batch: Batch) -> None:
+    """Where random numbers are drawn, losses read apart differ anyhow: compared in eval mode, without dropout.
+
+    Raises Undefined where the examples interact, Refusal where random numbers are drawn in eval mode too.
+    """
+    flags = [(module, module.training) for module in problem.module.modules()]
+    running = problem.running
+
+    @contextmanager
+    def resting() -> Iterator[None]:
+        with running():
+            problem.module.eval()
+            yield
+
+    try:
+        resting_problem = replace(problem, running=resting)
+        together_N, _, random = whole_batch(resting_problem, batch)
+        if random:
+            raise Refusal("random numbers are drawn in eval mode too: nobody can tell whether the examples interact.")
+        check_by_half(resting_problem, batch, together_N)
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
 def refuse_hidden_parameters(problem: SampleProblem, batch: Batch, sum_D: Tensor) -> None:
     """A loss function may reach the model other than through `call` (a penalty on its parameters, a closed-over model);
     engines that exchange the parameters do not see that. Their summed gradient is compared with the true one."""
-    if not isinstance(problem.objective, FunctionObjective):
-        return
     params = problem.layout.params
+    hooked = any(p._backward_hooks for p in params)
+    if not (isinstance(problem.objective, FunctionObjective) or hooked):
+        return
     with torch.enable_grad(), problem.running():
         before = RandomStates.of(problem.module)
         total = problem.objective.parts(problem.module, batch).total

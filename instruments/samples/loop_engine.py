@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from instruments.objective import Batch, no_examples
+from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
 from instruments.samples.independence import check_by_half
 from instruments.samples.problem import BatchMoments, SampleProblem
@@ -25,6 +26,7 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
         losses_N = parts.sums_N
         if losses_N is None:
             raise no_examples()
+        refuse_reentrant(parts.total)
         if parts.examples > MOST_EXAMPLES:
             raise Refusal(f"a backward pass for each of {parts.examples} examples is too dear (most {MOST_EXAMPLES}).")
         chunk = max(1, min(parts.examples, CHUNK_SCALARS // layout.size))

@@ -7,6 +7,7 @@ Shapes: N = examples, T = positions of an example, R = rows (examples and positi
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -201,13 +202,21 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+def _full(made: Factor) -> Factor:
+    """Half precision made single: squares of gradients underflow in float16 and keep three digits in bfloat16."""
+    tensors = {name: t for name, t in vars(made).items() if isinstance(t, Tensor) and t.is_floating_point()}
+    half = {name: t.float() for name, t in tensors.items() if t.dtype.itemsize < 4}
+    return replace(made, **half) if half else made  # type: ignore[type-var]
+
+
 def factor(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:
     """The rule of the operation applied, or None where there is none or a tensor that it needs was not saved."""
     rule = RULES.get(use.name)
     if rule is None:
         return None
     try:
-        return rule(use, axis, delta)
+        made = rule(use, axis, delta)
+        return None if made is None else _full(made)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):

@@ -15,7 +15,7 @@ from zoo import ZOO, N, Odd, Recurrent
 from instruments import Probe, ProbeSettings
 from instruments.objective import as_objective
 from instruments.samples import fused_engine, rules
-from instruments.samples.axes import ExampleAxis, find_axis, profile
+from instruments.samples.axes import ExampleAxis, find_axes, profile
 from instruments.samples.factors import Direct
 from instruments.view import Meter
 
@@ -94,7 +94,7 @@ def test_the_axis_is_found_and_put_first(outer: int, examples: int, inner: int, 
     owner = torch.arange(size) // inner % examples
     shape = (size, 3) if dim == 0 else (3, size)
     owners = owner.unsqueeze(1 - dim).expand(shape)
-    axis = find_axis([(k, profile((owners == k).double(), examples)) for k in range(examples)], examples)
+    axis = next(find_axes([(k, profile((owners == k).double(), examples)) for k in range(examples)], examples), None)
     assert axis is not None
     firsts = axis.first(owners)
     assert firsts.shape[0] == examples
@@ -103,7 +103,7 @@ def test_the_axis_is_found_and_put_first(outer: int, examples: int, inner: int, 
 
 def test_no_axis_where_examples_mix() -> None:
     seen = [(k, profile(torch.ones(6, 2), 6)) for k in range(3)]
-    assert find_axis(seen, 6) is None
+    assert next(find_axes(seen, 6), None) is None
 
 
 @pytest.mark.parametrize("name", ["AddmmBackward0", "NativeLayerNormBackward0"])
