@@ -42,7 +42,7 @@ from instruments.held import HeldBatches
 from instruments.instrument import Instrument
 from instruments.layout import Layout
 from instruments.objective import Batch, Losses, as_objective
-from instruments.probe import ProbeSettings
+from instruments.probe_settings import ProbeSettings
 from instruments.running import unwrapped
 from workloads.target import Target
 

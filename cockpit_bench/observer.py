@@ -16,7 +16,8 @@ from instruments.gradient_match import compare_gradient
 from instruments.held import HeldBatches, is_empty
 from instruments.loss_scale import loss_scale, skipped_inside
 from instruments.objective import Batch, Objective
-from instruments.probe import Probe, ProbeSettings
+from instruments.probe import Probe
+from instruments.probe_settings import ProbeSettings
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
 from instruments.view import AFTER_STEP, CURVATURES, RUNS_MODEL, Need

@@ -7,7 +7,6 @@ Shapes: D = trainable scalars, N = examples of the step.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
@@ -20,42 +19,16 @@ from instruments.guard import Buffers, RandomStates, untouched
 from instruments.held import HeldBatches
 from instruments.layout import Layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
-from instruments.objective import Batch, Objective, Parts, losses_by_example, pooled_loss
+from instruments.objective import Batch, Objective, Parts, examples_of, losses_by_example, pooled_loss
 from instruments.preconditioners import Preconditioner, read_preconditioner
+from instruments.probe_settings import ProbeSettings
 from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
-from instruments.running import Mode, running, unwrapped
-from instruments.samples.moments import EngineName, SampleMoments, sample_moments
+from instruments.running import running, unwrapped
+from instruments.samples.moments import SampleMoments, sample_moments
 from instruments.samples.problem import SampleProblem, Want
 from instruments.step_effect import StepEffect, step_effect
 from instruments.view import Meter
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """How a step is looked at. The seed pins the random numbers of every forward of a reading.
-
-    `parameters` restricts every reading to the parameters whose names match one of these patterns (as of a shell):
-    ("*.lora_*",) for adapters, ("embed.*",) for embeddings.
-    """
-
-    mode: Mode = "train"
-    samples: EngineName = "auto"
-    seed: int = 0
-    parameters: str | Sequence[str] | None = None
-
-    @property
-    def patterns(self) -> tuple[str, ...] | None:
-        """The patterns as a tuple; None where all trained parameters are read."""
-        if self.parameters is None:
-            return None
-        return (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
-
-    def __post_init__(self) -> None:
-        for name, kind in (("mode", Mode), ("samples", EngineName)):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ValueError(f"expected {name} to be one of {known}, got {getattr(self, name)!r}")
 
 
 class Probe(AbstractContextManager["Probe"]):
@@ -142,6 +115,11 @@ class Probe(AbstractContextManager["Probe"]):
             return "eval"
         flags = {m.training for m in self.module.modules()}
         return "train" if flags == {True} else "eval" if flags == {False} else "mixed"
+
+    @cached_property
+    def examples(self) -> int:
+        """Examples of the step's batches, 0 where they cannot be counted."""
+        return sum(map(examples_of, self.batches))
 
     @cached_property
     def precision(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, optim
 from instruments.activations import Activations
 from instruments.layout import Layout, norms_of
 from instruments.line import StepExamples
-from instruments.objective import Batch, examples_of
+from instruments.objective import Batch
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
 from instruments.parameter_state import ParameterState, parameter_states
@@ -82,7 +82,7 @@ class View:
     def _provenance(self) -> dict[str, Any]:
         """What a reading is about; what cannot be known says so."""
         probe = self._probe
-        facts: dict[str, Any] = {"batch": "step", "examples": sum(map(examples_of, probe.batches)) or "unknown"}
+        facts: dict[str, Any] = {"batch": "step", "examples": probe.examples or "unknown"}
         if self._needs & {"gradient", "preconditioner", "states"}:
             facts["scaled"] = "no" if probe.loss_scale == 1.0 else f"unscaled from {probe.loss_scale:g}"
             facts["clipped"] = "unknown"

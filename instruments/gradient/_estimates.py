@@ -5,6 +5,7 @@ Shapes: N = examples of the step, L = trained parameter tensors.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,17 +24,6 @@ def require_examples(moments: SampleMoments, examples: int) -> int:
 def trace_of(a: Tensor, q: Tensor, n: int) -> Tensor:
     """S^2 = (A - Q/n) / (n - 1), unbiased for the trace of the covariance of the g_i."""
     return (a - q / n) / (n - 1)
-
-
-def left_out_sums(moments: SampleMoments) -> tuple[Tensor, Tensor]:
-    """A = sum |g|^2 and Q = |sum g|^2 by parameter tensor without each example in turn, (N, L) both, in float64.
-
-    Without example i they are A - a_i and Q - 2 N <g_i, mean> + a_i: no further pass over the model.
-    """
-    assert moments.inner_NL is not None
-    a_NL = moments.norms_sq_NL.double()
-    q_NL = moments.square_of_sum_L - 2 * moments.examples * moments.inner_NL.double() + a_NL
-    return moments.sum_of_squares_L - a_NL, q_NL
 
 
 def jackknife(left_out_N: Tensor) -> Tensor:
@@ -57,3 +47,11 @@ def variances(moments: SampleMoments) -> Iterator[tuple[Tensor, Tensor, Tensor]]
         variance_d = (second_d - square_d).clamp_(min=0).mul_(n / (n - 1))
         heard_d = (variance_d > rounding * second_d) & (second_d > rounding**2 * second_d.max())
         yield square_d, variance_d, heard_d
+
+
+def median(values: Tensor) -> Tensor:
+    """The lower median; on a CPU by numpy's selection, which takes a tenth of the time of a sort."""
+    if values.device.type != "cpu" or bool(values.isnan().any()):
+        return values.median()
+    middle = (len(values) - 1) // 2
+    return torch.as_tensor(np.partition(values.numpy(), middle)[middle])

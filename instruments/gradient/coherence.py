@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from instruments.gradient._estimates import jackknife, left_out_sums, require_examples
+from instruments.gradient._estimates import jackknife, require_examples
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
 
@@ -53,7 +53,7 @@ class Coherence(Gauge):
         n = require_examples(moments, 2)
         a_L, q_L = moments.sum_of_squares_L, moments.square_of_sum_L
         a, q = a_L.sum(), q_L.sum()
-        a_NL, q_NL = left_out_sums(moments)
+        a_NL, q_NL = moments.left_out_sums
         a_N, q_N = a_NL.sum(1), q_NL.sum(1)
         return {
             "coherence": Estimate(q / a, jackknife(q_N / a_N)),

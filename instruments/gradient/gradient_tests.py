@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from instruments.gradient._estimates import jackknife, left_out_sums, require_examples, trace_of
+from instruments.gradient._estimates import jackknife, require_examples, trace_of
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
 
@@ -61,7 +61,7 @@ class GradientTests(Gauge):
         a, q = moments.sum_of_squares_L.sum(), moments.square_of_sum_L.sum()
         square = q / n**2
         across = (a - inner_N.square().sum() / square) / (n - 1)
-        a_NL, q_NL = left_out_sums(moments)
+        a_NL, q_NL = moments.left_out_sums
         left_out = a_NL.sum(1), q_NL.sum(1), n - 1
         return {
             "norm": Estimate(norm_test(a, q, n), jackknife(norm_test(*left_out))),

@@ -41,7 +41,7 @@ class Histogram(Gauge):
     """
 
     bins: Bins = "fixed"
-    sample: int = 2**16
+    sample: int = 2**14
 
     outputs: ClassVar[Mapping[str, Output]] = {
         "histogram": Output("loss / parameter", "counts of sampled gradient elements by size and sign", "histogram"),

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from instruments.gradient._estimates import jackknife, left_out_sums, require_examples, trace_of, variances
+from instruments.gradient._estimates import jackknife, median, require_examples, trace_of, variances
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
 
@@ -49,22 +49,21 @@ class SignalToNoise(Gauge):
     def read(self, view: View) -> Values:
         moments = view.moments
         n = require_examples(moments, 2)
-        signals, noises, ratios = [], [], []
-        for square_d, variance_d, heard_d in variances(moments):
-            signal_d = square_d.sub_(variance_d, alpha=1 / n)
-            signals.append(signal_d.sum(dtype=torch.float64))
-            noises.append(variance_d.sum(dtype=torch.float64))
-            ratios.append((signal_d / variance_d)[heard_d])
-        signal_L, noise_L = torch.stack(signals), torch.stack(noises)
+        ratios = [
+            (square_d.sub_(variance_d, alpha=1 / n).div_(variance_d))[heard_d]
+            for square_d, variance_d, heard_d in variances(moments)
+        ]
         heard = torch.cat(ratios)
-        left_A_NL, left_Q_NL = left_out_sums(moments)
+        noise_L = trace_of(moments.sum_of_squares_L, moments.square_of_sum_L, n)
+        signal_L = moments.square_of_sum_L / n**2 - noise_L / n
+        left_A_NL, left_Q_NL = moments.left_out_sums
         left_A_N, left_Q_N, m = left_A_NL.sum(1), left_Q_NL.sum(1), n - 1
         left_out_N = (
             (left_Q_N - left_A_N) / (m * (m - 1)) / trace_of(left_A_N, left_Q_N, m) if n > 2 else left_A_N * NAN
         )
         return {
             "aggregate": Estimate(signal_L.sum() / noise_L.sum(), jackknife(left_out_N)),
-            "median": heard.median() if len(heard) else NAN,
+            "median": median(heard) if len(heard) else NAN,
             "per_layer": signal_L / noise_L,
             "silent": 1 - len(heard) / moments.layout.size,
         }

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, optim
 
-from instruments.gradient._estimates import jackknife, left_out_sums, require_examples, trace_of
+from instruments.gradient._estimates import jackknife, require_examples, trace_of
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.refusal import Refusal
 from instruments.view import Need, View
@@ -74,7 +74,7 @@ class SuggestedBatch(Gauge):
         value = suggested(moments.sum_of_squares_L, moments.square_of_sum_L, total / n, n)
         error = value.new_tensor(torch.nan)
         if n > 2:
-            error = jackknife(suggested(*left_out_sums(moments), (total - losses_N) / (n - 1), n - 1))
+            error = jackknife(suggested(*moments.left_out_sums, (total - losses_N) / (n - 1), n - 1))
         momentum = any(group["momentum"] for _, group in groups)
         view.meter.provenance["step_size"] = "lr (1 - dampening) / (1 - momentum)" if momentum else "lr"
         rates = torch.tensor(rates_P, dtype=torch.float64)

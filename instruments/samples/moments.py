@@ -9,6 +9,7 @@ Shapes: N = examples of the step (all its micro-batches), D = trainable scalars,
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -51,20 +52,31 @@ class SampleMoments:
     def examples(self) -> int:
         return self.norms_sq_NL.shape[0]
 
-    @property
+    @cached_property
     def norms_sq_N(self) -> Tensor:
         return self.norms_sq_NL.sum(1)
 
-    @property
+    @cached_property
     def sum_of_squares_L(self) -> Tensor:
         """A = sum over examples of |g_i|^2, by parameter tensor, in float64."""
         return self.norms_sq_NL.double().sum(0)
 
-    @property
+    @cached_property
     def square_of_sum_L(self) -> Tensor:
         """Q = |sum over examples of g_i|^2, by parameter tensor, in float64."""
         pieces = flat_pieces(self.layout, self.mean_D)
         return self.examples**2 * torch.stack([piece.double().square().sum() for piece in pieces])
+
+    @cached_property
+    def left_out_sums(self) -> tuple[Tensor, Tensor]:
+        """A and Q by parameter tensor without each example in turn, (N, L) both, in float64; needs `inner_NL`.
+
+        Without example i they are A - a_i and Q - 2 N <g_i, mean> + a_i: no further pass over the model.
+        """
+        assert self.inner_NL is not None
+        a_NL = self.norms_sq_NL.double()
+        q_NL = self.square_of_sum_L - 2 * self.examples * self.inner_NL.double() + a_NL
+        return self.sum_of_squares_L - a_NL, q_NL
 
 
 def sample_moments(problem: SampleProblem, batches: Sequence[Batch], engine: EngineName = "auto") -> SampleMoments:

@@ -42,7 +42,7 @@ from instruments.gradient.gradient_tests import GradientTests
 from instruments.gradient.noise_scale import NoiseScale
 from instruments.gradient.signal_to_noise import SignalToNoise
 from instruments.objective import as_objective
-from instruments.probe import ProbeSettings
+from instruments.probe_settings import ProbeSettings
 from instruments.refusal import Refusal
 
 LOSS = nn.CrossEntropyLoss()
