@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from instruments.instrument import Instrument as Instrument
     from instruments.instrument import Output as Output
     from instruments.probe import Probe as Probe
-from instruments.probe_settings import ProbeSettings
-    from instruments.probe import ProbeSettings as ProbeSettings
+    from instruments.probe_settings import ProbeSettings as ProbeSettings
     from instruments.refusal import Refusal as Refusal
     from instruments.view import View as View
 
@@ -25,7 +24,7 @@ HOME = {
     "Instrument": "instruments.instrument",
     "Output": "instruments.instrument",
     "Probe": "instruments.probe",
-    "ProbeSettings": "instruments.probe",
+    "ProbeSettings": "instruments.probe_settings",
     "Refusal": "instruments.refusal",
     "View": "instruments.view",
     "untouched": "instruments.guard",
