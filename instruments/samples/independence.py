@@ -39,13 +39,18 @@ def whole_batch(problem: SampleProblem, batch: Batch) -> tuple[Tensor, Tensor | 
 
 
 def check_by_half(problem: SampleProblem, batch: Batch, together_N: Tensor) -> None:
-    """Half of the batch, forward only, against the whole. Batches that cannot be cut are not checked."""
+    """Half of the batch, forward only, against the whole; where random numbers are drawn, without them.
+
+    Batches that cannot be cut are not checked.
+    """
     n = together_N.shape[0]
     leaves, spec = tree_flatten(plain_tree(batch))
     if n < 2 or not all(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == n for leaf in leaves):
         return
     half_N, _, random = whole_batch(problem, tree_unflatten([leaf[: n // 2] for leaf in leaves], spec))
-    if not random:
+    if random:
+        check_at_rest(problem, batch)
+    else:
         refuse_interaction(half_N, together_N[: n // 2])
 
 
