@@ -107,6 +107,18 @@ def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([n.to(plain[0].device) for n in joined])
 
 
+@torch.no_grad()
+def norms_of_difference(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each a - b, (number of tensors,). On a CPU the difference is never held whole, only a piece."""
+    if tensors[0].device.type != "cpu" or _half(tensors):
+        return norms_of(torch._foreach_sub([t.detach() for t in tensors], list(others)))
+    joined = []
+    for t, other in zip(tensors, others, strict=True):
+        pairs = zip(_pieces(t.detach()), _pieces(other), strict=True)
+        joined.append(_joined([torch.linalg.vector_norm(a - b) for a, b in pairs]))
+    return torch.stack(joined)
+
+
 def _pieces(t: Tensor) -> Sequence[Tensor]:
     if t.device.type != "cpu" or t.numel() <= PIECE:
         return [t]

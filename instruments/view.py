@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import Tensor, optim
 
 from instruments.activations import Activations
-from instruments.layout import Layout, norms_of
+from instruments.layout import Layout, norms_of, norms_of_difference
 from instruments.line import StepExamples
 from instruments.objective import Batch
 from instruments.operators.operator import Operator
@@ -268,7 +268,7 @@ class View:
     def update_norms(self) -> Tensor:
         """Norm of the change of each parameter tensor by this step; only after the optimizer's step."""
         self._declared("change")
-        return norms_of(self._probe.change())
+        return norms_of_difference(self._probe.layout.params, self._probe.before)
 
     @property
     def effect(self) -> StepEffect:
