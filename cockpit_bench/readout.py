@@ -22,6 +22,7 @@ from instruments.refusal import Refusal
 from instruments.view import CURVATURES, View
 
 FAILURES_TO_RETIRE = 3
+WARM = 0.3  # of the seconds of a first reading, which is cold and checks what is checked once a run
 Emit = Callable[[Record], None]
 
 
@@ -93,7 +94,7 @@ class Readout:
             reading, error = self._reading(station, probe)
             seconds = reading.cost["seconds"]
             self.budget.pay(station.label, seconds)
-            station.expected_seconds = seconds
+            station.expected_seconds = seconds if station.expected_seconds else seconds * WARM
             if error is not None:
                 self._failed(station, reading, error)
             else:

@@ -17,7 +17,7 @@ from instruments.activations import Activations, read_activations, run_forward
 from instruments.curvatures import Curvatures
 from instruments.guard import Buffers, RandomStates, untouched
 from instruments.held import HeldBatches
-from instruments.layout import Layout, total_norm
+from instruments.layout import remembered_layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
 from instruments.objective import Batch, Objective, Parts, examples_of, losses_by_example, pooled_loss
 from instruments.preconditioners import Preconditioner, read_preconditioner
@@ -65,13 +65,13 @@ class Probe(AbstractContextManager["Probe"]):
         self.loss_scale, self.gradient_factor = loss_scale, gradient_factor
         self._loss = loss
         self.loss_given = loss is not None
-        self.layout = Layout.of(self.module, self.settings.patterns)
+        self.plans = {} if plans is None else plans
+        self.layout = remembered_layout(self.plans, self.module, self.settings.patterns, self.optimizers)
         self.grads: tuple[Tensor | None, ...] = tuple(p.grad for p in self.layout.params)
         self._before: list[Tensor] | None = None
         self.curvatures = Curvatures(self)
         self._stack, self._guarded = ExitStack(), guarded
         self._expected: frozenset[Any] = expected & frozenset(get_args(Want))
-        self.plans = {} if plans is None else plans
         self._moments: SampleMoments | None = None
         self._moments_wants: frozenset[Want] = frozenset()
         self._known: dict[str, Any] = {}
