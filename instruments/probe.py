@@ -245,7 +245,8 @@ class Probe(AbstractContextManager["Probe"]):
             return self.running(held=False, differentiable=True)
 
         self.prepare()
-        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, self.plans)
+        graphs = self.plans.setdefault("graphs", {})
+        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, graphs)
         return sample_moments(problem, self.batches, self.settings.samples)
 
     @cached_property

@@ -7,7 +7,8 @@ process, one plain and one with the cockpit: the loss, the learning rate and the
 ratio and the weight norm every ten, written to a run folder with its log and its TensorBoard events. Blocks of ten
 steps alternate, so that whatever else the machine does meets both alike. A block costs the CPU seconds of the process,
 all threads together; `tax` is the median over pairs of blocks of observed / plain - 1, and `tax_of_quiet_blocks` the
-ratio of the lower quartiles: threads that wait for each other on a busy machine spin, which is CPU time too.
+ratio of the lower quartiles. While one thread of OpenMP works the other waits, and by default it waits spinning, which
+would be counted as CPU time of the cockpit; OMP_WAIT_POLICY is set to passive unless it is set already.
 
 The second figure is what `observe` and the step's hooks take on a step where nothing is due.
 """
@@ -15,16 +16,19 @@ The second figure is what `observe` and the step's hooks take on a step where no
 import argparse
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn, optim
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
-from cockpit_bench import Cockpit, at
+import torch  # noqa: E402
+from torch import Tensor, nn, optim  # noqa: E402
+
+from cockpit_bench import Cockpit, at  # noqa: E402
 
 WIDTHS, BATCH, BLOCK = (784, 2048, 2048, 2048, 10), 128, 10
 LOSS = nn.CrossEntropyLoss()
