@@ -25,10 +25,10 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
-import torch  # noqa: E402
-from torch import Tensor, nn, optim  # noqa: E402
+import torch
+from torch import Tensor, nn, optim
 
-from cockpit_bench import Cockpit, at  # noqa: E402
+from cockpit_bench import Cockpit, at
 
 WIDTHS, BATCH, BLOCK = (784, 2048, 2048, 2048, 10), 128, 10
 LOSS = nn.CrossEntropyLoss()
