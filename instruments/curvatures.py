@@ -10,7 +10,7 @@ import torch
 from instruments.objective import Batch, addends
 from instruments.operators.fisher import FisherOperator, empirical_fisher, monte_carlo_fisher
 from instruments.operators.gauss_newton import Evaluation, GaussNewtonOperator
-from instruments.operators.hessian import KEPT_PRODUCT, Piece
+from instruments.operators.hessian import KEPT_PRODUCT, Context, Piece
 from instruments.operators.resort import LastResortHessian
 from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
@@ -48,14 +48,7 @@ class Curvatures:
         def build() -> LastResortHessian:
             held = self._probe.held
             pieces = [self._piece(batch) for batch in held.batches]
-            plans, key = self._probe.plans, ("second derivatives", self._probe.layout.names)
-            operator = LastResortHessian(
-                pieces, self._probe.layout, keep_graphs=held.keep_graphs, context=self._around, checked=key in plans
-            )
-            if key not in plans:
-                meter.gradients += CHECK
-                plans[key] = True
-            return operator
+            return self._hessian(pieces, held.keep_graphs, self._around, meter)
 
         return self._once("hessian", build, meter, 1.0)
 
@@ -65,7 +58,7 @@ class Curvatures:
             pieces = [self._piece(batch) for batch in self._probe.batches]
 
             def build(keep: bool) -> LastResortHessian:
-                return LastResortHessian(pieces, self._probe.layout, keep_graphs=keep, context=self._around_step)
+                return self._hessian(pieces, keep, self._around_step, meter)
 
             try:
                 self._made["step_hessian"] = build(True)
@@ -75,6 +68,18 @@ class Curvatures:
         operator = self._made["step_hessian"]
         assert isinstance(operator, LastResortHessian)
         meter.provenance["route"] = operator.route
+        return operator
+
+    def _hessian(self, pieces: list[Piece], keep: bool, context: Context, meter: Meter) -> LastResortHessian:
+        """Whether all of the model can be differentiated twice is looked for once a run, and remembered."""
+        found = self._probe.plans.setdefault("second derivatives", {})
+        names = self._probe.layout.names
+        operator = LastResortHessian(
+            pieces, self._probe.layout, keep_graphs=keep, context=context, reason=found.get(names)
+        )
+        if names not in found:
+            meter.gradients += CHECK
+            found[names] = operator.reason
         return operator
 
     def gauss_newton(self, meter: Meter) -> GaussNewtonOperator:

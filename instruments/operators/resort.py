@@ -14,8 +14,6 @@ KNOWN_LEAST, KNOWN_MOST, KNOWN_SCALARS = 4, 12, 2**27
 """Products that are remembered for whoever reads the same matrix at this step: how many, and how much memory."""
 ASYMMETRY = 0.05
 """Of |u'Hv - v'Hu| against what |u'Hv| is for random unit vectors, |Hv| / sqrt(D); rounding leaves 1e-4 of it."""
-
-
 DIFFERENCE = 0.02
 """Of a product by double backward against differences, relative to its size."""
 
@@ -27,21 +25,26 @@ class LastResortHessian(Operator):
     relative error of a product (None while double backward works).
 
     A part that cannot be differentiated twice does not always raise: an operation whose backward is opaque leaves its
-    share of the product out. `checked=False` looks for that, by the symmetry of two products (their price is 4 g).
+    share of the product out. That is looked for once, by the symmetry of two products (their price is 4 g), unless
+    `reason` says what was found before: "" for nothing, else why products are differences from the start. Afterwards
+    the attribute `reason` says the same of this operator.
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], layout: Layout, *, keep_graphs: bool, context: Context, checked: bool = True
+        self, pieces: Sequence[Piece], layout: Layout, *, keep_graphs: bool, context: Context, reason: str | None = None
     ) -> None:
         self._pieces, self._layout, self._context = pieces, layout, context
-        self._operator: HessianOperator | FiniteDifferenceOperator = HessianOperator(
-            pieces, layout, keep_graphs=keep_graphs, context=context
-        )
+        self._operator: HessianOperator | FiniteDifferenceOperator
         self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
         self.error: float | None = None
+        self.reason = reason or ""
         self._known: list[tuple[Tensor, Tensor]] = []
         self._room = 0
-        if not checked:
+        if reason:
+            self._use_differences(reason, random_unit(self, 0))
+            return
+        self._operator = HessianOperator(pieces, layout, keep_graphs=keep_graphs, context=context)
+        if reason is None:
             self._check()
         self._room = max(KNOWN_LEAST, min(KNOWN_MOST, KNOWN_SCALARS // layout.size))
 
@@ -101,8 +104,10 @@ class LastResortHessian(Operator):
 
     def _give_up(self, error: Exception, v_D: Tensor) -> None:
         self._operator.release()
-        self._known = []
+        self._use_differences(str(error).strip().splitlines()[0][:120], v_D)
+
+    def _use_differences(self, reason: str, v_D: Tensor) -> None:
         differences = FiniteDifferenceOperator(self._pieces, self._layout, context=self._context)
-        reason = str(error).strip().splitlines()[0][:120]
         differences.route += f", since double backward failed: {reason}"
+        self._known, self.reason = [], reason
         self._operator, self.error = differences, differences.error(v_D)

@@ -63,6 +63,26 @@ def test_the_reading_is_right_and_names_its_route_and_error() -> None:
     assert all(torch.equal(p, old) for p, old in zip(fused.parameters(), before, strict=True))
 
 
+def test_what_was_found_once_holds_for_every_later_reading() -> None:
+    torch.manual_seed(0)
+    plain, fused = Fused(fused=False).double(), Fused(fused=True).double()
+    fused.load_state_dict(plain.state_dict())
+    batch = (torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 3, (12,)))
+    top = float(torch.linalg.eigvalsh(dense_hessian(plain, nn.CrossEntropyLoss(), batch))[-1])
+    instrument, plans = Sharpness(tol=1e-3), {}
+    state = instrument.init()
+    for step in range(3):
+        held = HeldBatches([batch])
+        objective = as_objective(nn.CrossEntropyLoss())
+        with Probe(fused, objective, [], [batch], step=step, held=held, plans=plans) as probe:
+            view = View(probe, instrument.needs)
+            values, state = instrument.advance(view, state)
+            step_route = View(probe, frozenset({"step_hessian"})).step_hessian.route
+        assert float(values["sharpness"]) == pytest.approx(top, rel=1e-3)  # type: ignore[arg-type]
+        assert "not symmetric" in view.meter.provenance["route"]
+        assert "last resort" in step_route
+
+
 def test_double_backward_stays_the_route_where_it_works() -> None:
     torch.manual_seed(0)
     batch = (torch.randn(12, 4), torch.randint(0, 3, (12,)))
