@@ -86,10 +86,7 @@ class Cockpit:
         if not self.enabled:
             self.clock = Clock()
             return
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(
-                f"expected accumulate (micro-batches of a step) to be a whole number >= 1, got {accumulate!r}"
-            )
+        refuse_fractions(accumulate)
         objective, optimizers = as_objective(loss), as_optimizers(optimizer)
         settings = settings or ProbeSettings()
         if parameters is not None:
@@ -302,6 +299,12 @@ def _close_at_exit(reference: "weakref.ref[Cockpit]") -> None:
     cockpit = reference()
     if cockpit is not None:
         cockpit._at_exit()
+
+
+def refuse_fractions(accumulate: Any) -> None:
+    """ValueError unless `accumulate` is a number of micro-batches."""
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"expected accumulate (micro-batches of a step) to be a whole number >= 1, got {accumulate!r}")
 
 
 def off() -> bool:

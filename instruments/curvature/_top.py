@@ -11,6 +11,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from instruments.linalg.lanczos import krylov_spaces
 from instruments.operators.operator import Operator, random_unit
 
 Array = npt.NDArray[np.float64]
@@ -45,35 +46,21 @@ def top_eigenpairs(operator: Operator, start_D: Tensor, *, k: int, tol: float, m
     Largest means algebraically largest. Each product costs one synchronisation; memory is `max_products` vectors. A
     product that is not finite ends the iteration with NaN, not converged.
     """
-    limit = min(max_products, operator.size)
-    eps = torch.finfo(operator.dtype).eps
-    held_mD = torch.empty(limit, operator.size, dtype=operator.dtype, device=operator.device)
-    q_D = start_D / start_D.norm()
-    alphas: list[float] = []
-    betas: list[float] = []
-    while True:
-        held_mD[len(alphas)] = q_D
-        basis_mD = held_mD[: len(alphas) + 1]
-        w_D = operator.matvec(q_D)
-        alpha = torch.dot(w_D, q_D)
-        for _ in range(2):
-            w_D = w_D - basis_mD.T @ (basis_mD @ w_D)
-        alpha_m, beta_m = torch.stack([alpha, w_D.norm()]).tolist()
-        if not (np.isfinite(alpha_m) and np.isfinite(beta_m)):
+    for krylov in krylov_spaces(operator, start_D, min(max_products, operator.size)):
+        m = len(krylov.alphas)
+        if not krylov.finite:
             nothing = np.full(k, np.nan)
-            return Top(nothing, nothing, held_mD[:0], len(alphas) + 1, False)
-        alphas.append(alpha_m)
-        values_m, vectors_mm = eigh_tridiagonal(np.array(alphas), np.array(betas))
-        found = min(k, len(alphas))
+            return Top(nothing, nothing, krylov.basis_kD[:0], m, False)
+        values_m, vectors_mm = eigh_tridiagonal(np.array(krylov.alphas), np.array(krylov.betas))
+        found = min(k, m)
         values, vectors = values_m[::-1][:found], vectors_mm[:, ::-1][:, :found]
-        residuals = beta_m * np.abs(vectors[-1])
-        exhausted = beta_m <= 10 * eps * float(np.abs(values_m).max())
+        residuals = krylov.beta * np.abs(vectors[-1])
         met = found == k and bool((residuals <= tol * abs(values[0])).all())
-        if met or exhausted or len(alphas) >= limit:
-            rows_kD = torch.as_tensor(vectors.T.copy(), dtype=operator.dtype, device=operator.device) @ basis_mD
-            return Top(_padded(values, k), _padded(residuals, k), rows_kD, len(alphas), met or exhausted)
-        betas.append(beta_m)
-        q_D = w_D / beta_m
+        converged = met or krylov.exhausted(float(np.abs(values_m).max()))
+        if converged:
+            break
+    rows_kD = torch.as_tensor(vectors.T.copy(), dtype=operator.dtype, device=operator.device) @ krylov.basis_kD
+    return Top(_padded(values, k), _padded(residuals, k), rows_kD, m, converged)
 
 
 def start_from(operator: Operator, kept_D: Tensor | None, hint_D: Tensor, seed: int) -> Tensor:

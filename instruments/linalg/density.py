@@ -23,6 +23,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from instruments.linalg.lanczos import krylov_spaces
 from instruments.operators.operator import Operator
 from instruments.refusal import Refusal
 
@@ -170,28 +171,12 @@ def _grid(low: float, high: float, width: float) -> Array:
 
 def _lanczos(operator: Operator, start_D: Tensor, steps: int) -> tuple[list[float], list[float]]:
     """Diagonal and off-diagonal of T, full reorthogonalisation twice; shorter where the Krylov space is exhausted."""
-    limit = min(steps, operator.size)
-    held_mD = torch.empty(limit, operator.size, dtype=operator.dtype, device=operator.device)
-    q_D = start_D / start_D.norm()
-    alphas: list[float] = []
-    betas: list[float] = []
-    eps = torch.finfo(operator.dtype).eps
-    while True:
-        held_mD[len(alphas)] = q_D
-        basis_mD = held_mD[: len(alphas) + 1]
-        w_D = operator.matvec(q_D)
-        alpha = torch.dot(w_D, q_D)
-        for _ in range(2):
-            w_D = w_D - basis_mD.T @ (basis_mD @ w_D)
-        alpha_m, beta_m = torch.stack([alpha, w_D.norm()]).tolist()
-        if not (math.isfinite(alpha_m) and math.isfinite(beta_m)):
+    for krylov in krylov_spaces(operator, start_D, min(steps, operator.size)):
+        if not krylov.finite:
             raise Refusal("a product of the operator is not finite, so it has no spectrum.")
-        alphas.append(alpha_m)
-        scale = max(map(abs, [*alphas, *betas]))
-        if len(alphas) >= limit or beta_m <= 10 * eps * scale:
-            return alphas, betas
-        betas.append(beta_m)
-        q_D = w_D / beta_m
+        if krylov.exhausted(max(map(abs, [*krylov.alphas, *krylov.betas]))):
+            break
+    return krylov.alphas, krylov.betas[: len(krylov.alphas) - 1]
 
 
 def _quadrature(alphas: Sequence[float], betas: Sequence[float]) -> Quadrature:

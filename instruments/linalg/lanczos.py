@@ -10,6 +10,7 @@ Shapes: D = size of the operator, k = products so far.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from instruments.operators.operator import Operator
 
 DOUBTED_PRODUCTS, DOUBTED_TOL = 5, 0.03
+ROOM = 8  # vectors that are made room for at first; doubled when they do not suffice
 
 
 @dataclass(frozen=True)
@@ -58,30 +60,60 @@ def top_eigenvalue(
     Each product costs one synchronisation with the host. A product that is not finite ends the iteration with value
     NaN, not converged. The zero operator has value 0, converged.
     """
-    basis_kD = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
+    for krylov in krylov_spaces(operator, start_D, min(max_products, operator.size)):
+        k = len(krylov.alphas)
+        if not krylov.finite:
+            return Ritz(float("nan"), float("nan"), k, False, start_D)
+        values_k, s_kk = eigh_tridiagonal(np.array(krylov.alphas), np.array(krylov.betas))
+        value, residual = float(values_k[-1]), krylov.beta * abs(float(s_kk[-1, -1]))
+        doubted = value < doubt_below
+        met = residual <= (min(tol, DOUBTED_TOL) if doubted else tol) * abs(value)
+        converged = krylov.exhausted(float(np.abs(values_k).max())) or (met and not (doubted and k < DOUBTED_PRODUCTS))
+        if converged:
+            break
+    s_k = torch.as_tensor(s_kk[:, -1].copy(), dtype=operator.dtype, device=operator.device)
+    return Ritz(value, residual, k, converged, s_k @ krylov.basis_kD)
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """After k products: T has `alphas` on its diagonal and `betas` beside it, `beta` is the length of the next vector,
+    and the rows of `basis_kD` are orthonormal."""
+
+    alphas: list[float]
+    betas: list[float]
+    beta: float
+    basis_kD: Tensor
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.alphas[-1]) and math.isfinite(self.beta)
+
+    def exhausted(self, scale: float) -> bool:
+        """An invariant subspace: rounding is all that is left of the next vector, for an operator of that size."""
+        return self.beta <= 10 * torch.finfo(self.basis_kD.dtype).eps * scale
+
+
+def krylov_spaces(operator: Operator, start_D: Tensor, limit: int) -> Iterator[Krylov]:
+    """The Krylov spaces of 1, 2, ... `limit` products, each orthogonalised twice against all vectors before.
+
+    One product and one synchronisation each. To go on after a space that is exhausted or not finite makes no sense.
+    """
+    held_mD = torch.empty(min(limit, ROOM), operator.size, dtype=operator.dtype, device=operator.device)
     q_D = start_D / start_D.norm()
     alphas: list[float] = []
     betas: list[float] = []
-    limit = min(max_products, operator.size)
-    while True:
-        basis_kD = torch.cat([basis_kD, q_D[None]])
+    for k in range(limit):
+        if k == len(held_mD):
+            held_mD = torch.cat([held_mD, torch.empty_like(held_mD[: limit - k])])
+        held_mD[k] = q_D
+        basis_kD = held_mD[: k + 1]
         w_D = operator.matvec(q_D)
         alpha = torch.dot(w_D, q_D)
         for _ in range(2):
             w_D = w_D - basis_kD.T @ (basis_kD @ w_D)
         alpha_k, beta_k = torch.stack([alpha, w_D.norm()]).tolist()
         alphas.append(alpha_k)
-        if not (np.isfinite(alpha_k) and np.isfinite(beta_k)):
-            return Ritz(float("nan"), float("nan"), len(alphas), False, start_D)
-        values_k, s_kk = eigh_tridiagonal(np.array(alphas), np.array(betas))
-        value, residual = float(values_k[-1]), beta_k * abs(float(s_kk[-1, -1]))
-        # An invariant subspace: rounding is all that is left of the next vector.
-        exhausted = beta_k <= 10 * torch.finfo(operator.dtype).eps * float(np.abs(values_k).max())
-        doubted = value < doubt_below
-        met = residual <= (min(tol, DOUBTED_TOL) if doubted else tol) * abs(value)
-        converged = exhausted or (met and not (doubted and len(alphas) < DOUBTED_PRODUCTS))
-        if converged or len(alphas) >= limit:
-            s_k = torch.as_tensor(s_kk[:, -1].copy(), dtype=operator.dtype, device=operator.device)
-            return Ritz(value, residual, len(alphas), converged, s_k @ basis_kD)
+        yield Krylov(alphas, betas, beta_k, basis_kD)
         betas.append(beta_k)
         q_D = w_D / beta_k
