@@ -172,17 +172,18 @@ class Cockpit:
         if self.enabled:
             self._observer.event(name, **detail)
 
-    def read(self, instrument: str | Instrument, batch: Batch | None = None) -> Reading:
+    def read(self, instrument: str | Instrument, batch: Batch | None = None, *, ranks: Any = None) -> Reading:
         """One reading now, whatever the cadence and the budget, on this batch or on the last one observed.
 
         Between backward and the optimizer's step the gradient is the one that stands in `.grad`. Without a batch,
         curvature is read on the held ones and an instrument of the panel goes on from its memory; with one, everything
-        is read on it, from no memory. What cannot be read comes back with status and reason.
+        is read on it, from no memory. What cannot be read comes back with status and reason. With `ranks`, a process
+        group whose members all make this call at this step, curvature is that of the batches of all of them.
         """
         if not self.enabled:
             return Reading(str(instrument), 0, 0.0, "skipped", reason="the cockpit is switched off")
         with self.clock.bucket("observe"):
-            return read_now(self._observer, self._readout, instrument, batch)
+            return read_now(self._observer, self._readout, instrument, batch, ranks)
 
     def prices(self, batch: Batch | None = None) -> Prices:
         """What one reading of each instrument costs, really measured, on this training batch or on the last one.

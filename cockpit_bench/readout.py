@@ -118,6 +118,11 @@ class Readout:
         self._emit(reading)
         return reading
 
+    def heard(self, reading: Reading) -> Reading:
+        """A reading that another process has taken for this one too."""
+        self._emit(reading)
+        return reading
+
     def _reading(self, station: Station, probe: Probe) -> tuple[Reading, Exception | None]:
         view = View(probe, station.instrument.needs)
         begun = time.perf_counter()

@@ -51,21 +51,34 @@ class Groups:
 def used_gradients(view: View) -> list[Tensor]:
     """What the optimizer found in `.grad`, clipped where it was clipped in place; a zero where there was none.
 
-    The instrument declares "gradient" and "groups". Raises Refusal where `.grad` is another one after the step: a
-    GradScaler divides it, and torch's SGD with Nesterov momentum over lists of tensors adds the momentum to it.
+    Without the scale of a GradScaler, which has divided it by then. The instrument declares "gradient", "change" and
+    "groups". Raises Refusal where `.grad` is another one after the step: torch's SGD with Nesterov momentum over lists
+    of tensors adds the momentum to it, and an optimizer that is not torch's may divide a copy by the scale.
     """
-    if view.meter.provenance["scaled"] != "no":
+    if any(map(_may_leave_the_scale, view.optimizers)):
         raise Refusal(
-            "expected gradients that are not scaled, got scaled ones, which the GradScaler may have divided since; "
-            "call scaler.unscale_(optimizer) before observe(). Otherwise the norm after it would be off by the scale."
+            "expected an optimizer of torch, which divides .grad by the scale of the GradScaler, got another one that "
+            "takes the scale for itself and may leave it in; call scaler.unscale_(optimizer) before the step. "
+            "Otherwise the norm after it could be off by the scale."
         )
     if any(isinstance(optimizer, optim.SGD) and _adds_to_grad(optimizer) for optimizer in view.optimizers):
         raise Refusal(
             "expected .grad to outlive the step, but SGD with Nesterov momentum adds the momentum to it in place when "
             "it works on lists of tensors; pass foreach=False to SGD. Otherwise that sum would be read as the gradient."
         )
-    grads = [torch.zeros((), device=view.layout.device) if g is None else g for g in view.grads]
+    grads = [torch.zeros((), device=view.layout.device) if g is None else g for g in view.used_grads]
     return [g if g.layout is torch.strided else g.coalesce().values() for g in grads]
+
+
+def _may_leave_the_scale(optimizer: optim.Optimizer) -> bool:
+    """Whether the scaler has given its scale to a step that does not write back what it divides, as torch's fused ones
+    do, Adagrad on a CPU only."""
+    if getattr(optimizer, "grad_scale", None) is None:
+        return False
+    on_accelerator = any(p.device.type != "cpu" for group in optimizer.param_groups for p in group["params"])
+    if isinstance(optimizer, optim.Adagrad) and on_accelerator:
+        return True
+    return not type(optimizer).step.__module__.startswith("torch.optim.")
 
 
 def _adds_to_grad(optimizer: optim.SGD) -> bool:

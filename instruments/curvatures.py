@@ -10,7 +10,8 @@ import torch
 from instruments.objective import Batch, addends
 from instruments.operators.fisher import FisherOperator, empirical_fisher, monte_carlo_fisher
 from instruments.operators.gauss_newton import Evaluation, GaussNewtonOperator
-from instruments.operators.hessian import KEPT_PRODUCT, Context, Piece
+from instruments.operators.hessian import Context, Piece
+from instruments.operators.ranks import Matrix, Ranks, RankSum
 from instruments.operators.resort import LastResortHessian
 from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
@@ -19,18 +20,20 @@ from instruments.view import Meter
 if TYPE_CHECKING:
     from instruments.probe import Probe
 
-CHECK = 2 * KEPT_PRODUCT
-"""In g, once a run."""
 Way = Literal["kept", "rebuilt", "forward"]
 Curvature = LastResortHessian | GaussNewtonOperator | FisherOperator
+Local = TypeVar("Local", LastResortHessian, GaussNewtonOperator)
 Made = TypeVar("Made", LastResortHessian, GaussNewtonOperator, FisherOperator)
 
 
 class Curvatures:
     """Each matrix is built for the first view that asks, billed to it, and shared until the probe is closed.
 
-    Out of memory: graphs are rebuilt for each product instead of kept, then held batches are dropped.
+    Out of memory: graphs are rebuilt for each product instead of kept, then held batches are dropped. While `ranks` is
+    set, Hessian and Gauss-Newton matrix are those of the batches of all its processes, and this one leads.
     """
+
+    ranks: Ranks | None = None
 
     def __init__(self, probe: "Probe") -> None:
         self._probe: Probe = weakref.proxy(probe)  # a cycle would keep gradients and batches until it is collected
@@ -42,7 +45,7 @@ class Curvatures:
             operator.release()
         self._made.clear()
 
-    def hessian(self, meter: Meter) -> LastResortHessian:
+    def hessian(self, meter: Meter) -> LastResortHessian | RankSum:
         """By double backward, or, where something has no second derivative, by differences, which the route says."""
 
         def build() -> LastResortHessian:
@@ -50,11 +53,12 @@ class Curvatures:
             pieces = [self._piece(batch) for batch in held.batches]
             return self._hessian(pieces, held.keep_graphs, self._around, meter)
 
-        return self._once("hessian", build, meter, 1.0)
+        return self._everywhere("hessian", self._once("hessian", build, meter, 1.0), meter)
 
     def step_hessian(self, meter: Meter) -> LastResortHessian:
         """The Hessian on the step's own batches instead of the held ones."""
         if "step_hessian" not in self._made:
+            self._refuse()
             pieces = [self._piece(batch) for batch in self._probe.batches]
 
             def build(keep: bool) -> LastResortHessian:
@@ -77,12 +81,11 @@ class Curvatures:
         operator = LastResortHessian(
             pieces, self._probe.layout, keep_graphs=keep, context=context, reason=found.get(names)
         )
-        if names not in found:
-            meter.gradients += CHECK
-            found[names] = operator.reason
+        found.setdefault(names, operator.reason)
+        meter.gradients += operator.looked
         return operator
 
-    def gauss_newton(self, meter: Meter) -> GaussNewtonOperator:
+    def gauss_newton(self, meter: Meter) -> GaussNewtonOperator | RankSum:
         """On a kept graph; where memory is short, by forward mode, or rebuilt where that has no rule."""
 
         def build() -> GaussNewtonOperator:
@@ -97,7 +100,7 @@ class Curvatures:
                         raise
             raise AssertionError("there is at least one way")
 
-        return self._once("gauss_newton", build, meter, 1.0)
+        return self._everywhere("gauss_newton", self._once("gauss_newton", build, meter, 1.0), meter)
 
     def fisher(self, meter: Meter, seed: int | None = None) -> FisherOperator:
         """The empirical Fisher, or, with a seed, the one with targets drawn from the model's own predictions."""
@@ -116,8 +119,28 @@ class Curvatures:
         price = 1.5 if seed is None else 1.0
         return self._once("fisher" if seed is None else f"drawn fisher {seed}", build, meter, price)
 
+    def _everywhere(self, matrix: Matrix, local: Local, meter: Meter) -> Local | RankSum:
+        if self.ranks is None:
+            return local
+        summed = RankSum(local, matrix, self.ranks)
+        scope = f"sum over {self.ranks.count} processes"
+        meter.provenance.update(scope=scope, examples=self.ranks.examples or "unknown", route=summed.route)
+        return summed
+
+    def _refuse(self) -> None:
+        """Parameters of which this process holds a part."""
+        probe = self._probe
+        for name, p in zip(probe.layout.names, probe.layout.params, strict=True):
+            if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False) or hasattr(p, "_local_shard"):
+                raise Refusal(
+                    f"expected whole parameters, got '{name}' as a shard (FSDP, tensor parallel), whose second "
+                    "derivatives are not supported; read curvature on a whole copy of the model."
+                )
+
     def _once(self, name: str, build: Callable[[], Made], meter: Meter, gradients: float) -> Made:
         held = self._probe.held
+        if name not in self._made:
+            self._refuse()
         while name not in self._made:
             try:
                 self._made[name] = build()

@@ -12,8 +12,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ Undo = Callable[[], None]
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator["Buffers"]:
+def untouched(model: nn.Module) -> Iterator["Saved"]:
     """Inside, the model may be run, seeded, switched to eval and differentiated; afterwards it is as it was.
 
-    Yields the buffers, which can be made fresh between two forwards that must see the same ones.
+    Yields the random streams, to be seeded, and the buffers, which can be made fresh, before forwards that must see
+    the same.
 
     Buffers are exchanged for clones and the originals put back: not even their version counter moves, so that a graph
     the user kept across the reading stays valid. Raises nothing of its own; what is raised inside passes through after
@@ -34,23 +35,18 @@ def untouched(model: nn.Module) -> Iterator["Buffers"]:
     """
     undo: list[Undo] = []
     try:
-        undo.append(RandomStates.of(model).put_back)
+        random_states = RandomStates.of(model)
+        undo.append(random_states.put_back)
         undo.append(_attributes(model))
         undo.append(_gradients(model))
         undo.append(_renormalised(model))
         buffers = Buffers(model)
         undo.append(buffers.put_back)
         buffers.fresh()
-        yield buffers
+        yield Saved(random_states, buffers)
     finally:
         for put_back in reversed(undo):
             put_back()
-
-
-def pin(model: nn.Module, seed: int) -> None:
-    """Seed every random stream that `untouched` saves, so that two evaluations draw the same dropout masks."""
-    for stream in _streams(model):
-        stream.seed(seed)
 
 
 @dataclass(frozen=True)
@@ -72,6 +68,15 @@ class RandomStates:
     def of(cls, model: nn.Module) -> "RandomStates":
         return cls([(stream, stream.get()) for stream in _streams(model)])
 
+    def now(self) -> "RandomStates":
+        """Where the same streams stand at present."""
+        return RandomStates([(stream, stream.get()) for stream, _ in self.saved])
+
+    def pin(self, seed: int) -> None:
+        """Seed every stream, so that two evaluations draw the same dropout masks."""
+        for stream, _ in self.saved:
+            stream.seed(seed)
+
     def put_back(self) -> None:
         for stream, state in self.saved:
             stream.set(state)
@@ -92,11 +97,17 @@ def _streams(model: nn.Module) -> list[Stream]:
         streams.append(Stream(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, torch.cuda.manual_seed_all))
     if torch.backends.mps.is_available():
         streams.append(Stream(torch.mps.get_rng_state, torch.mps.set_rng_state, torch.mps.manual_seed))
-    owned = [value for module in model.modules() for value in vars(module).values()]
-    return streams + [_stream_of(value) for value in owned if isinstance(value, _GENERATORS)]
+    owned = [value for module in model.modules() for value in vars(module).values() if _generates(value.__class__)]
+    return streams + [_stream_of(value) for value in owned]
 
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+@cache
+def _generates(kind: Any) -> bool:
+    """By type, as `isinstance` on a torch.Generator takes ten times as long and models have thousands of attributes."""
+    return issubclass(kind, _GENERATORS)
 
 
 def _stream_of(generator: Any) -> Stream:
@@ -154,7 +165,11 @@ def _gradients(model: nn.Module) -> Undo:
 
 def _renormalised(model: nn.Module) -> Undo:
     """Weights that a forward writes to, those of embeddings with `max_norm`, are exchanged for copies."""
-    owners = [module for module in model.modules() if getattr(module, "max_norm", None) is not None]
+
+    def limited(module: nn.Module) -> bool:  # getattr would go through nn.Module's own search for every other module
+        return vars(module).get("max_norm", getattr(type(module), "max_norm", None)) is not None
+
+    owners = [module for module in model.modules() if limited(module)]
     weights = {id(w): w for module in owners if isinstance(w := getattr(module, "weight", None), nn.Parameter)}
     held = [(w, w.data, w._version) for w in weights.values()]
     for w, own, _ in held:
@@ -186,3 +201,10 @@ class Buffers:
         for module, buffers in self._held:
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+class Saved(NamedTuple):
+    """What a forward inside `untouched` may use up, so that the next one finds it as the first did."""
+
+    random: RandomStates
+    buffers: Buffers

@@ -38,10 +38,16 @@ def loss_at(probe: "Probe", before: Sequence[Tensor], scale: float) -> Tensor:
 
 
 def step_examples(probe: "Probe", before: Sequence[Tensor]) -> StepExamples:
-    """Both ends of the step by example: per-example statistics at the old parameters, a forward at the new ones."""
+    """Both ends of the step by example: per-example statistics at the old parameters, a forward at the new ones.
+
+    Where a pass before the step has kept its factors, they are the statistics.
+    """
     after = [p.data for p in probe.layout.params]
     u_D = probe.layout.join(torch._foreach_sub(after, list(before)))
     after_N = _example_losses(probe)
+    kept = probe.kept
+    if kept is not None and kept.losses_N is not None and kept.complete(probe.layout):
+        return StepExamples(kept.losses_N, after_N, kept.along(probe.layout, u_D))
     with exchanged(probe.layout.params, before):
         before_N = _example_losses(probe)
         slope_N = probe.inner_products(u_D)

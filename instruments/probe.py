@@ -15,7 +15,8 @@ from torch import Tensor, nn, optim
 
 from instruments.activations import Activations, read_activations, run_forward
 from instruments.curvatures import Curvatures
-from instruments.guard import Buffers, RandomStates, untouched
+from instruments.diagonals.of_probe import Diagonals
+from instruments.guard import Saved, untouched
 from instruments.held import HeldBatches
 from instruments.layout import remembered_layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
@@ -25,6 +26,7 @@ from instruments.probe_settings import ProbeSettings
 from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
 from instruments.running import running, unwrapped
+from instruments.samples.kept import KeptFactors
 from instruments.samples.moments import SampleMoments, sample_moments
 from instruments.samples.problem import SampleProblem, Want
 from instruments.step_effect import StepEffect, step_effect
@@ -69,24 +71,26 @@ class Probe(AbstractContextManager["Probe"]):
         self.layout = remembered_layout(self.plans, self.module, self.settings.patterns, self.optimizers)
         self.grads: tuple[Tensor | None, ...] = tuple(p.grad for p in self.layout.params)
         self._before: list[Tensor] | None = None
-        self.curvatures = Curvatures(self)
+        self.curvatures, self.diagonals = Curvatures(self), Diagonals(self)
         self._stack, self._guarded = ExitStack(), guarded
         self._expected: frozenset[Any] = expected & frozenset(get_args(Want))
+        self.kept = KeptFactors() if "step_examples" in expected and len(self.batches) == 1 else None
         self._moments: SampleMoments | None = None
         self._moments_wants: frozenset[Want] = frozenset()
         self._known: dict[str, Any] = {}
-        self._buffers: Buffers | None = None
+        self._saved: Saved | None = None
 
     def __enter__(self) -> "Probe":
+        self._stack.enter_context(torch.autocast(self.layout.device.type, enabled=False))  # linear algebra, too
         if self._guarded:
             self._guard()
         return self
 
-    def _guard(self) -> Buffers:
+    def _guard(self) -> Saved:
         """Nothing runs the model outside the guard; what does not run it need not wait for it."""
-        if self._buffers is None:
-            self._buffers = self._stack.enter_context(untouched(self.module))
-        return self._buffers
+        if self._saved is None:
+            self._saved = self._stack.enter_context(untouched(self.module))
+        return self._saved
 
     def prepare(self) -> None:
         """Guarded, and in the mode of the settings: what engines look at before they run the model."""
@@ -101,7 +105,7 @@ class Probe(AbstractContextManager["Probe"]):
         self._moments = None
         self._known.clear()
         self._stack.close()
-        self._buffers = None
+        self._saved = None
 
     def shrink(self) -> bool:
         """Read curvature on less, after running out of memory. False when there is nothing left to give up."""
@@ -143,7 +147,7 @@ class Probe(AbstractContextManager["Probe"]):
 
     def forget(self) -> None:
         """Drop what was remembered, the batches included."""
-        self._before, self.batches = None, ()
+        self._before, self.batches, self.kept = None, (), None
 
     @contextmanager
     def running(self, *, held: bool, differentiable: bool, forward: bool = True) -> Iterator[None]:
@@ -151,11 +155,11 @@ class Probe(AbstractContextManager["Probe"]):
 
         Every forward sees the buffers as they were; `forward=False` is for a backward through a graph that exists.
         """
-        buffers = self._guard()
+        saved = self._guard()
         if forward:
-            buffers.fresh()
+            saved.buffers.fresh()
         seed = self.settings.seed if held else self.settings.seed + 1 + self.step
-        with running(self.module, seed=seed, mode=self.settings.mode, differentiable=differentiable):
+        with running(self.module, saved.random, seed=seed, mode=self.settings.mode, differentiable=differentiable):
             yield
 
     # The quantities. Each is computed for the first view that asks, and billed to it.
@@ -204,7 +208,7 @@ class Probe(AbstractContextManager["Probe"]):
         `weighted=False` averages over the micro-batches whatever their size.
         """
         with self.running(held=False, differentiable=False):
-            before = RandomStates.of(self.module)
+            before = self._guard().random.now()
             parts = [self.objective.parts(self.module, batch) for batch in self.batches]
             random = before.moved()
             loss = pooled_loss(self.objective, parts) if weighted else torch.stack([p.loss for p in parts]).mean()
@@ -235,18 +239,20 @@ class Probe(AbstractContextManager["Probe"]):
         """Per-example statistics of the step's batches: one pass for all that is expected of this step."""
         if self._moments is None or not wants <= self._moments_wants:
             self._moments_wants |= wants | self._expected
-            self._moments = self._read_moments(self._moments_wants)
+            self._moments = self._read_moments(self._moments_wants, kept=self.kept)
             meter.gradients += 4 / 3 + len(self._moments_wants) / 3
         meter.provenance["engine"] = self._moments.engine
         return self._moments
 
-    def _read_moments(self, wants: frozenset[Want], direction_D: Tensor | None = None) -> SampleMoments:
-        def pinned() -> AbstractContextManager[None]:
-            return self.running(held=False, differentiable=True)
+    def _read_moments(
+        self, wants: frozenset[Want], direction_D: Tensor | None = None, kept: KeptFactors | None = None
+    ) -> SampleMoments:
+        def pinned(*, differentiable: bool = True) -> AbstractContextManager[None]:
+            return self.running(held=False, differentiable=differentiable)
 
         self.prepare()
         graphs = self.plans.setdefault("graphs", {})
-        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, graphs)
+        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, graphs, kept)
         return sample_moments(problem, self.batches, self.settings.samples)
 
     @cached_property
@@ -269,7 +275,8 @@ class Probe(AbstractContextManager["Probe"]):
 
     def step_examples(self, meter: Meter) -> StepExamples:
         """The loss at both ends of the step and its slope, by example."""
-        found: StepExamples = self.once("step_examples", lambda: step_examples(self, self._all_before), meter, 7 / 3)
+        price = 7 / 3 if self.kept is None or not self.kept.complete(self.layout) else 2 / 3
+        found: StepExamples = self.once("step_examples", lambda: step_examples(self, self._all_before), meter, price)
         return found
 
     def inner_products(self, direction_D: Tensor) -> Tensor:

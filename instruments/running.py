@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from instruments.guard import pin
+from instruments.guard import RandomStates
 
 Mode = Literal["train", "eval"]
 
@@ -26,8 +26,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def running(module: nn.Module, *, seed: int, mode: Mode, differentiable: bool) -> Iterator[None]:
+def running(module: nn.Module, random: RandomStates, *, seed: int, mode: Mode, differentiable: bool) -> Iterator[None]:
     """Inside, a forward of `module` draws the random numbers of `seed` and runs without autocast, in eager mode.
+
+    `random` holds the streams that are seeded.
 
     mode "train" keeps every module's flag as the user set it, "eval" switches all of them. `differentiable` asks for
     kernels that can be differentiated twice and vectorised: attention by plain matrix products (the fused kernels have
@@ -35,7 +37,7 @@ def running(module: nn.Module, *, seed: int, mode: Mode, differentiable: bool) -
     """
     device = next(module.parameters()).device.type
     with ExitStack() as stack:
-        pin(module, seed)
+        random.pin(seed)
         if mode == "eval":
             module.eval()
         stack.enter_context(torch.autocast(device, enabled=False))

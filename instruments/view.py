@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import Tensor, optim
 
 from instruments.activations import Activations
+from instruments.diagonals.backpack import Extension
+from instruments.diagonals.draws import Draws
+from instruments.example_gradients import Look, Seen, of_probe
 from instruments.layout import Layout, norms_of, norms_of_difference
 from instruments.line import StepExamples
 from instruments.objective import Batch
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
 from instruments.parameter_state import ParameterState, parameter_states
-from instruments.preconditioners import Preconditioner, sharpness_edge
+from instruments.preconditioners import Preconditioner, read_preconditioner, sharpness_edge
 from instruments.refusal import Refusal
 from instruments.running import processes
 from instruments.samples.moments import SampleMoments
@@ -26,21 +29,24 @@ from instruments.samples.problem import Want
 from instruments.step_effect import StepEffect
 
 if TYPE_CHECKING:
+    from instruments.diagonals.of_probe import Diagonals
     from instruments.probe import Probe
 
 Need = Literal[
     "batch", "loss", "example_losses", "gradient", "samples", "second_moment", "inner_products", "gram", "hessian",
-    "step_hessian", "gauss_newton", "fisher", "drawn_fisher", "preconditioner", "parameters", "groups", "states",
-    "activations", "forward", "change", "update", "line", "step_examples",
+    "step_hessian", "gauss_newton", "fisher", "drawn_fisher", "drawn_diagonal", "backpack_diagonal", "preconditioner",
+    "parameters", "groups", "states", "activations", "forward", "change", "update", "line", "step_examples",
+    "example_gradients",
 ]  # fmt: skip
 SAMPLES: frozenset[Need] = frozenset({"samples", "second_moment", "inner_products", "gram"})
-CURVATURES: frozenset[Need] = frozenset({"hessian", "gauss_newton", "fisher", "drawn_fisher"})  # on held batches
+CURVATURES: frozenset[Need] = frozenset(
+    {"hessian", "gauss_newton", "fisher", "drawn_fisher", "drawn_diagonal", "backpack_diagonal"}
+)  # on held batches
 AFTER_STEP: frozenset[Need] = frozenset({"change", "update", "line", "step_examples"})
-RUNS_MODEL: frozenset[Need] = (
-    SAMPLES
-    | CURVATURES
-    | {"step_hessian", "example_losses", "activations", "forward", "update", "line", "step_examples"}
-)
+RUNS_STEP: frozenset[Need] = frozenset(
+    {"step_hessian", "example_losses", "example_gradients", "activations", "forward", "update", "line", "step_examples"}
+)  # on the step's batches
+RUNS_MODEL = SAMPLES | CURVATURES | RUNS_STEP
 
 
 @dataclass
@@ -102,6 +108,11 @@ class View:
         return self._probe.step
 
     @property
+    def examples(self) -> int:
+        """Examples of the step's batches, 0 where they cannot be counted."""
+        return self._probe.examples
+
+    @property
     def batches(self) -> Sequence[Batch]:
         """The batches of the step as the user gave them, one unless gradients are accumulated."""
         self._declared("batch")
@@ -144,6 +155,14 @@ class View:
         return self._probe.unscaled_grads
 
     @property
+    def used_grads(self) -> tuple[Tensor | None, ...]:
+        """The gradients that the optimizer's step used, unscaled: what stands in `.grad` after it, when a GradScaler
+        has divided it in place, by `unscale_` or within the step."""
+        self._declared("gradient")
+        self._declared("change")
+        return self._probe.grads
+
+    @property
     def states(self) -> list[ParameterState]:
         """What the optimizers keep of each trained parameter, with its gradient and its group."""
         self._declared("states")
@@ -169,6 +188,13 @@ class View:
         moments = self._probe.moments(self.meter, wants)
         self.meter.provenance["examples"] = moments.examples
         return moments
+
+    def example_gradients(self, count: int, look: Look[Seen]) -> list[Seen]:
+        """What `look` says of the whole gradients of at most `count` of the step's examples, one after the other."""
+        self._declared("example_gradients")
+        seen, price = of_probe(self._probe, count, look)
+        self.meter.gradients += price
+        return seen
 
     @property
     def hessian(self) -> Operator:
@@ -206,6 +232,22 @@ class View:
         self._declared("drawn_fisher")
         return _Counted(self._probe.curvatures.fisher(self.meter, seed=self._probe.step), self.meter)
 
+    def drawn_diagonal(self, draws: int) -> Draws:
+        """Diagonal of the Fisher on the held batches, with targets drawn from the model's own predictions `draws`
+        times: unbiased for the diagonal of the Gauss-Newton matrix."""
+        self._declared("drawn_diagonal")
+        return self._probe.diagonals.drawn(draws, self.meter)
+
+    def backpack_diagonal(self, extension: Extension, draws: int = 1) -> Draws:
+        """Diagonal of the Gauss-Newton matrix or the Hessian on the held batches, for models that BackPACK can read."""
+        self._declared("backpack_diagonal")
+        return self._probe.diagonals.backpack(extension, draws, self.meter)
+
+    @property
+    def diagonals(self) -> "Diagonals":
+        """What a diagonal would cost, and whether targets can be drawn for the loss; nothing is computed."""
+        return self._probe.diagonals
+
     @property
     def gradient_D(self) -> Tensor:
         """Gradient of the loss on the held batches, shape (D,): free where the Hessian's graph is kept."""
@@ -234,13 +276,25 @@ class View:
         k is 1, unless accumulated losses are added instead of averaged: then the loss that is trained is k times the
         loss that was given.
         """
-        self._declared("hessian")
-        p = self.preconditioner
-        hessian = _Counted(self._probe.curvatures.hessian(self.meter), self.meter)
         factor = self._probe.gradient_factor
         if factor != 1.0:
             self.meter.provenance["gradient_factor"] = factor
-        return PreconditionedOperator(hessian, p.scale_D * (factor / 2), p.decay_D / factor)
+        return self._preconditioned(self.preconditioner, factor)
+
+    def clipped_preconditioned(self, kept: float) -> Operator:
+        """The same where clipping leaves `kept` of the gradient: 1/2 D^1/2 (kept k H + diag c) D^1/2, D read from what
+        is left."""
+        self._declared("gradient")
+        self._declared("preconditioner")
+        probe = self._probe
+        grads = [None if g is None else g * kept for g in probe.unscaled_grads]
+        p = read_preconditioner(probe.optimizers, probe.layout, grads)
+        return self._preconditioned(p, kept * probe.gradient_factor)
+
+    def _preconditioned(self, p: Preconditioner, factor: float) -> Operator:
+        self._declared("hessian")
+        hessian = _Counted(self._probe.curvatures.hessian(self.meter), self.meter)
+        return PreconditionedOperator(hessian, p.scale_D * (factor / 2), p.decay_D / factor, p.basis)
 
     @property
     def layout(self) -> Layout:

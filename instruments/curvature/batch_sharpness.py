@@ -101,7 +101,7 @@ class BatchSharpness(Instrument):
 
     def _preconditioned(self, view: View, g_D: Tensor) -> tuple[float, float]:
         try:
-            return _form(view, view.preconditioner.scale_D * g_D, g_D)
+            return _form(view, view.preconditioner.times(g_D), g_D)
         except Refusal as refusal:
             view.meter.provenance["preconditioned"] = f"unknown: {refusal}"
             return NAN, NAN

@@ -61,11 +61,10 @@ class Directional(Gauge):
             "ratio": NAN,
         }
         try:
-            scale_D = view.preconditioner.scale_D
+            step_D = view.preconditioner.times(g_D)
         except Refusal as refusal:
             view.meter.provenance["step"] = f"unknown: {refusal}"
             return values
-        step_D = scale_D * g_D
         along, length_sq = curvature(operator, step_D)
         values["along_step"] = along
         values["ratio"] = along * length_sq / (2 * torch.dot(g_D, step_D))

@@ -5,15 +5,18 @@ Shapes: N = examples of the step, D = trainable scalars, L = trained parameter t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from instruments.curvature._matrix import Matrix, at_least, need_only, operator_of, price_of
+from instruments.curvature._diagonal import DiagonalEngine, check_engine, price_of_diagonal, read_diagonal
+from instruments.curvature._matrix import Matrix
 from instruments.curvature.trace import slices
+from instruments.diagonals.draws import Draws
 from instruments.instrument import Estimate, Gauge, Output, Values
-from instruments.linalg.trace import Diagonal, diagonal
+from instruments.linalg.trace import Diagonal
+from instruments.refusal import Refusal
 from instruments.view import Need, View
 
 FLOOR = 1e-3  # of the median of the positive entries
@@ -24,8 +27,8 @@ MOST_FLOORED = 0.1
 class Tic(Gauge):
     """tr(H^-1 C), which estimates N times the gap between training and test loss at a minimum, by three substitutes.
 
-    C = mean g_i g_i' (uncentred) is that of the examples of the step, H and its diagonal h that of the held batches, by
-    Hutchinson's estimate (mean of x * Hx over random signs x). For D parameters, d_l of them in tensor l:
+    C = mean g_i g_i' (uncentred) is that of the examples of the step, H and its diagonal h that of the held batches.
+    For D parameters, d_l of them in tensor l:
 
         tic_trace = tr C / tr H,   tic_layers = sum_l d_l tr C_l / tr H_l,   tic_diagonal = sum_j C_jj / max(h_j, f),
 
@@ -35,12 +38,23 @@ class Tic(Gauge):
     training read trends only.
 
     H is the Gauss-Newton matrix unless told otherwise: entries of the Hessian are negative at places, where the
-    criterion means nothing. Single entries of h are far noisier than their sums, and 1/h of a noisy h is too large: a
-    few probes tell them for some hundred parameters, hardly for more. So `floored` counts how often f took the place of
-    an entry, and tic_diagonal is NaN where that is more than a tenth: then the other two are what can be known. With
-    16 probes and 26,000 parameters it was half. Coordinates without any gradient add nothing.
+    criterion means nothing. h is read by `engine`:
 
-    Standard errors: for tic_trace and tic_layers of C over examples and of H over probes, to first order; for
+    - "drawn": mean square of the gradients of single held examples, for targets drawn from the model's own predictions
+      `draws` times. Every entry averages over all held examples, so that models of any size are read. For CrossEntropy,
+      BCEWithLogits and MSE losses.
+    - "probes": `probes` products with random signs, for any loss and either matrix. The error of an entry is as large
+      as the rest of its row: a few hundred parameters can be read so, hardly more.
+    - "backpack", "backpack_mc": BackPACK's DiagGGNExact or DiagHessian, without an error, or its DiagGGNMC; for chains
+      of layers that it knows.
+    - "auto": drawn targets, and random signs where targets cannot be drawn. `diagonal` in the provenance says who
+      computed what is read.
+
+    1/h of a noisy h is too large; of drawn targets the bias is taken out by the jackknife. `floored` counts how often f
+    took the place of an entry, and tic_diagonal is NaN where that is more than a tenth: then the other two are what can
+    be known. Coordinates without any gradient add nothing.
+
+    Standard errors: for tic_trace and tic_layers of C over examples and of h over draws or probes, to first order; for
     tic_diagonal of h alone, which is too little. NaN where a trace is zero, or negative by two standard errors.
 
     The original Cockpit divides by exact diagonal entries of the Hessian plus 1e-7, which may be negative or tiny, so
@@ -49,6 +63,8 @@ class Tic(Gauge):
 
     matrix: Matrix = "gauss_newton"
     probes: int = 16
+    engine: DiagonalEngine | Literal["auto"] = "auto"
+    draws: int = 8
 
     outputs: ClassVar[Mapping[str, Output]] = {
         "tic_trace": Output("1 / loss", "tr C / tr H: noise over curvature, both summed first"),
@@ -58,25 +74,36 @@ class Tic(Gauge):
         "trace_of_second_moment": Output("(loss / parameter)²", "tr C, mean squared norm of the gradients of examples"),
         "trace_of_curvature": Output("loss / parameter²", "tr H on the held batches"),
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"samples", "second_moment", "gauss_newton"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"samples", "second_moment", "drawn_diagonal", "gauss_newton"})
     reference: ClassVar[str] = (
         "Thomas et al. 2020, On the interplay between noise and curvature and its effect on optimization and "
-        "generalization, section 5; diagonal: Bekas, Kokiopoulou and Saad 2007, An estimator for the diagonal of a "
-        "matrix"
+        "generalization, section 5; diagonal: Martens 2020, New insights and perspectives on the natural gradient "
+        "method, section 9; Bekas, Kokiopoulou and Saad 2007, An estimator for the diagonal of a matrix"
     )
 
     def __post_init__(self) -> None:
-        need_only(self, self.matrix)
-        at_least("probes", self.probes, 2)
+        needs: frozenset[Need] = frozenset({"samples", "second_moment"})
+        for engine in self._engines:
+            needs |= check_engine(engine, self.matrix, self.probes, self.draws)
+        object.__setattr__(self, "needs", needs)
+
+    @property
+    def _engines(self) -> Sequence[DiagonalEngine]:
+        """In the order in which they are tried."""
+        if self.engine != "auto":
+            return (self.engine,)
+        return ("probes",) if self.matrix == "hessian" else ("drawn", "probes")
 
     def price(self, view: View) -> float:
-        return 5 / 3 + price_of(self.matrix, self.probes)
+        engines = self._engines
+        engine = engines[0] if len(engines) == 1 or view.diagonals.drawable() else engines[1]
+        return 5 / 3 + price_of_diagonal(view, engine, self.matrix, products=self.probes, draws=self.draws)
 
     def read(self, view: View) -> Values:
         moments = view.moments
         assert moments.second_D is not None
         examples = view.meter.provenance["examples"]
-        found = diagonal(operator_of(view, self.matrix), probes=self.probes, seed=view.step)
+        found = self._diagonal(view)
         view.meter.provenance.update(batch="step and held", examples=examples)
         norms_sq_NL = moments.norms_sq_NL.to(found.values_D.device).double()
         size = len(found.values_D)
@@ -92,8 +119,17 @@ class Tic(Gauge):
             "trace_of_curvature": Estimate(trace, trace_error),
         }
 
+    def _diagonal(self, view: View) -> Diagonal | Draws:
+        reasons = []
+        for engine in self._engines:
+            try:
+                return read_diagonal(view, engine, self.matrix, probes=self.probes, draws=self.draws)
+            except Refusal as refusal:
+                reasons.append(str(refusal))
+        raise Refusal(" | ".join(reasons))
 
-def by_tensor(norms_sq_NL: Tensor, found: Diagonal, pieces: Sequence[slice], counts: Sequence[int]) -> Estimate:
+
+def by_tensor(norms_sq_NL: Tensor, found: Diagonal | Draws, pieces: Sequence[slice], counts: Sequence[int]) -> Estimate:
     """sum_l counts_l tr C_l / tr H_l, traces no smaller than their errors. Pieces without gradient add nothing; with a
     gradient and no curvature, or a negative one, they make it NaN."""
     heard_L = norms_sq_NL.sum(0) != 0
@@ -106,17 +142,20 @@ def by_tensor(norms_sq_NL: Tensor, found: Diagonal, pieces: Sequence[slice], cou
     return Estimate(value, torch.hypot(over_examples, (slope_L * error_L).norm()))
 
 
-def by_coordinate(second_D: Tensor, found: Diagonal) -> tuple[Estimate, Tensor]:
+def by_coordinate(second_D: Tensor, found: Diagonal | Draws) -> tuple[Estimate, Tensor]:
     """sum C_jj / max(h_j, f) with the error of h, and the share of entries floored among those with a gradient."""
     h_D, second_D = found.values_D.double(), second_D.to(found.values_D.device).double()
     moved_D = second_D > 0
     floor = FLOOR * h_D[moved_D & (h_D > 0)].nanmedian()  # NaN where there is none
-    low_D = ~(h_D >= floor)
-    terms_D = second_D / torch.where(low_D, floor, h_D)
-    slopes_D = torch.where(low_D, 0.0, terms_D / h_D)
-    floored = (low_D & moved_D).sum() / moved_D.sum()
-    error = torch.sqrt(2 * (slopes_D.square() * found.variances_D.double()).sum())
-    value, error = torch.where(floored <= MOST_FLOORED, torch.stack([terms_D.sum(), error]), torch.nan)
+    floored = (~(h_D >= floor) & moved_D).sum() / moved_D.sum()
+    if isinstance(found, Draws):
+        value, error = found.jackknife(lambda h_D: (second_D / torch.where(h_D >= floor, h_D.double(), floor)).sum())
+    else:
+        low_D = ~(h_D >= floor)
+        terms_D = second_D / torch.where(low_D, floor, h_D)
+        slopes_D = torch.where(low_D, 0.0, terms_D / h_D)
+        value, error = terms_D.sum(), torch.sqrt(2 * (slopes_D.square() * found.variances_D.double()).sum())
+    value, error = torch.where(floored <= MOST_FLOORED, torch.stack([value, error]), torch.nan)
     return Estimate(value, error), floored
 
 

@@ -4,7 +4,8 @@ Shapes: S = sampled elements, K = bins.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,6 +60,48 @@ def adaptive_limits(sample_S: Tensor, per_sign: int) -> Tensor:
         inner, outer = torch.quantile(sizes, sizes.new_tensor([INNER, OUTER])).log2().tolist()
         low, high = float(math.floor(inner)), float(max(math.ceil(outer), math.floor(inner) + 1))
     return symmetric_limits(low, high, per_sign, sample_S.device)
+
+
+class Powers:
+    """The elements of a float64 sample counted by power of two, from the bits of their exponents: no search in limits.
+
+    A code is sign and exponent, and whether the element is that very power of two.
+    """
+
+    def __init__(self, sample_S: Tensor) -> None:
+        bits_S = sample_S.view(torch.int64)
+        exact_S = (bits_S & (2**52 - 1)) == 0
+        code_S = (bits_S >> 52).add_(2**11).add_(exact_S, alpha=2**12)
+        self._counts, self._size = torch.bincount(code_S, minlength=CODES).double(), len(sample_S)
+        self._device = sample_S.device
+
+    def share(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The share of elements of whose size `of` is true; it is asked of a size between the same powers of two."""
+        return (self._counts * of(_code_values(self._device).abs())).sum() / self._size
+
+    def histogram(self, low: float, high: float, per_sign: int) -> Tensor:
+        """`histogram` by `symmetric_limits` that are all powers of two."""
+        limits_K, bins = _code_bins(low, high, per_sign, self._device)
+        counts = limits_K.new_zeros(len(limits_K) + 1).index_add_(0, bins, self._counts)
+        return torch.stack([limits_K, counts[:-1]])
+
+
+CODES = 2**13
+
+
+@cache
+def _code_values(device: torch.device) -> Tensor:
+    """An element of each code; 1.5 times the lower power for those between two."""
+    code = torch.arange(CODES, device=device)
+    between = torch.where(code // 2**12 == 1, 0, 2**51)
+    return (((code % 2**12 - 2**11) << 52) | between).view(torch.float64)
+
+
+@cache
+def _code_bins(low: float, high: float, per_sign: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The limits, and the bin of each code; one behind the last for NaN."""
+    limits_K, values = symmetric_limits(low, high, per_sign, device), _code_values(device)
+    return limits_K, torch.where(values.isnan(), len(limits_K), bin_of(values, limits_K))
 
 
 def bin_of(sample_S: Tensor, limits_K: Tensor) -> Tensor:

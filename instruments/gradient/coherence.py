@@ -53,8 +53,7 @@ class Coherence(Gauge):
         n = require_examples(moments, 2)
         a_L, q_L = moments.sum_of_squares_L, moments.square_of_sum_L
         a, q = a_L.sum(), q_L.sum()
-        a_NL, q_NL = moments.left_out_sums
-        a_N, q_N = a_NL.sum(1), q_NL.sum(1)
+        a_N, q_N = moments.left_out_totals
         return {
             "coherence": Estimate(q / a, jackknife(q_N / a_N)),
             "pairwise": Estimate(pairwise(a, q, n), jackknife(pairwise(a_N, q_N, n - 1))),

@@ -68,11 +68,9 @@ class EarlyStopping(Instrument):
 
 def signal_over_noise(moments: SampleMoments) -> Tensor:
     """(2,): sum of gbar_j^2 / s_j^2 over the coordinates whose variance is more than rounding, and their number."""
-    sums = []
-    for square_d, variance_d, heard_d in variances(moments):
-        ratio_d = torch.where(heard_d, square_d / variance_d, 0.0)
-        sums.append(torch.stack([ratio_d.sum(dtype=torch.float64), heard_d.sum().double()]))
-    return torch.stack(sums).sum(0)
+    square_D, variance_D, heard_D = variances(moments)
+    ratio_D = (square_D / (variance_D * heard_D)).nan_to_num_(0.0, 0.0)
+    return torch.stack([ratio_D.sum(dtype=torch.float64), heard_D.sum(dtype=torch.float64)])
 
 
 def pooled_means(readings_K2: Sequence[tuple[float, float]]) -> tuple[Estimate, Estimate]:

@@ -61,8 +61,7 @@ class GradientTests(Gauge):
         a, q = moments.sum_of_squares_L.sum(), moments.square_of_sum_L.sum()
         square = q / n**2
         across = (a - inner_N.square().sum() / square) / (n - 1)
-        a_NL, q_NL = moments.left_out_sums
-        left_out = a_NL.sum(1), q_NL.sum(1), n - 1
+        left_out = *moments.left_out_totals, n - 1
         return {
             "norm": Estimate(norm_test(a, q, n), jackknife(norm_test(*left_out))),
             "inner_product": inner_N.var() / (n * square.square()),

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from instruments.gradient._bins import adaptive_limits, histogram, strided_sample, symmetric_limits
+from instruments.gradient._bins import Powers, adaptive_limits, histogram, strided_sample
 from instruments.gradient._tensors import dense, require_gradient
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
@@ -68,21 +68,22 @@ class Histogram(Gauge):
         grads = [dense(g) for g in view.grads if g is not None and g.numel()]
         sample_S = strided_sample(grads, self.sample)
         device, total = sample_S.device, sum(g.numel() for g in grads)
-        limits_K = adaptive_limits(sample_S, PER_SIGN) if self.bins == "adaptive" else symmetric_limits(*FIXED, device)
+        powers = Powers(sample_S)
         nonzero = torch.stack([torch.count_nonzero(g).to(device) for g in grads]).sum()
         extremes = torch.stack([torch.stack(torch.aminmax(g)).to(device, torch.float64) for g in grads])
-        sizes_S = sample_S.abs()
         left_out = 1 - len(sample_S) / total
 
-        def share(hits_S: Tensor) -> Estimate:
-            p = hits_S.double().mean()
-            return Estimate(p, (p * (1 - p) / len(hits_S) * left_out).sqrt())
+        def estimated(p: Tensor) -> Estimate:
+            return Estimate(p, (p * (1 - p) / len(sample_S) * left_out).sqrt())
 
+        adaptive = self.bins == "adaptive"
         return {
-            "histogram": histogram(sample_S, limits_K),
+            "histogram": histogram(sample_S, adaptive_limits(sample_S, PER_SIGN))
+            if adaptive
+            else powers.histogram(*FIXED),
             "zeros": 1 - nonzero.double() / total,
             "largest": extremes.abs().max(),
-            "underflow": share((sizes_S > 0) & (sizes_S < SMALLEST_HALF)),
-            "overflow": share(sizes_S > LARGEST_HALF),
-            "not_finite": share(~sample_S.isfinite()),
+            "underflow": estimated(powers.share(lambda size: (size > 0) & (size < SMALLEST_HALF))),
+            "overflow": estimated((sample_S.abs() > LARGEST_HALF).double().mean()),
+            "not_finite": estimated(powers.share(lambda size: ~size.isfinite())),
         }

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from instruments.gradient._estimates import jackknife, median, require_examples, trace_of, variances
+from instruments.gradient._estimates import jackknife, lowest_median, require_examples, trace_of, variances
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
 
@@ -49,21 +49,18 @@ class SignalToNoise(Gauge):
     def read(self, view: View) -> Values:
         moments = view.moments
         n = require_examples(moments, 2)
-        ratios = [
-            (square_d.sub_(variance_d, alpha=1 / n).div_(variance_d))[heard_d]
-            for square_d, variance_d, heard_d in variances(moments)
-        ]
-        heard = torch.cat(ratios)
+        square_D, variance_D, heard_D = variances(moments)
+        heard = heard_D.sum(dtype=torch.float64)
+        ratio_D = square_D.div_(variance_D.mul_(heard_D)).sub_(1 / n)  # infinite or NaN where nothing is heard
         noise_L = trace_of(moments.sum_of_squares_L, moments.square_of_sum_L, n)
         signal_L = moments.square_of_sum_L / n**2 - noise_L / n
-        left_A_NL, left_Q_NL = moments.left_out_sums
-        left_A_N, left_Q_N, m = left_A_NL.sum(1), left_Q_NL.sum(1), n - 1
+        (left_A_N, left_Q_N), m = moments.left_out_totals, n - 1
         left_out_N = (
             (left_Q_N - left_A_N) / (m * (m - 1)) / trace_of(left_A_N, left_Q_N, m) if n > 2 else left_A_N * NAN
         )
         return {
             "aggregate": Estimate(signal_L.sum() / noise_L.sum(), jackknife(left_out_N)),
-            "median": median(heard) if len(heard) else NAN,
+            "median": torch.where(heard > 0, lowest_median(ratio_D, heard), NAN),
             "per_layer": signal_L / noise_L,
-            "silent": 1 - len(heard) / moments.layout.size,
+            "silent": 1 - heard / moments.layout.size,
         }

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from instruments.layout import Layout, total_norm
 from instruments.operators.hessian import Context, Piece
-from instruments.operators.operator import Operator
-from instruments.reentrant import refuse_reentrant
+from instruments.operators.operator import Operator, released
+from instruments.reentrant import gradients
 from instruments.step_effect import exchanged
 
 PRODUCT = 2.0  # in g: two gradients
@@ -51,21 +51,24 @@ class FiniteDifferenceOperator(Operator):
     ) -> None:
         self._pieces, self._layout, self._context = pieces, layout, context
         self.size, self.dtype, self.device, self.price = layout.size, layout.dtype, layout.device, PRODUCT
+        self.weight: Tensor | float = 0.0  # of all batches, once a product was taken
         self.step = default_step(layout) if step is None else step
         self.route = f"central differences of the gradient, step {self.step:.1e} (last resort)"
 
     @property
     def gradient_D(self) -> Tensor:
         """Gradient of the same loss, shape (D,)."""
+        if not self._pieces:
+            raise released()
         total_D = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         weight: Tensor | float = 0.0
         for piece in self._pieces:
             with self._context(True), torch.enable_grad():
                 total, its_weight = piece()
-                refuse_reentrant(total)
                 if total.requires_grad:
-                    total_D += self._layout.join(torch.autograd.grad(total, self._layout.params, allow_unused=True))
+                    total_D += self._layout.join(gradients(total, self._layout.params))
                 weight = weight + its_weight
+        self.weight = weight
         return total_D / weight
 
     def matvec(self, v_D: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from instruments.layout import Layout
 from instruments.objective import Batch
 from instruments.operators.hessian import Context
 from instruments.operators.jacobian import Jacobian
-from instruments.operators.operator import Operator
+from instruments.operators.operator import Operator, released
 from instruments.operators.predictive import DrawnTargets
 from instruments.samples.independence import check_by_half, whole_batch
 from instruments.samples.moments import refuse_undefined
@@ -77,6 +77,8 @@ class FisherOperator(Operator):
         self._graphs = [self._graph(piece) for piece in pieces] if keep_graphs else None
 
     def matvec(self, v_D: Tensor) -> Tensor:
+        if not self._pieces:
+            raise released()
         v = self._layout.split(v_D)
         total_D = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         weight: Tensor | float = 0.0

@@ -29,7 +29,7 @@ from instruments.layout import Layout
 from instruments.objective import Call
 from instruments.operators.hessian import Context
 from instruments.operators.jacobian import Jacobian, pullback
-from instruments.operators.operator import Operator
+from instruments.operators.operator import Operator, released
 from instruments.refusal import Refusal
 
 Evaluation = Callable[[Call], tuple[Tensor, Tensor | float]]
@@ -73,6 +73,7 @@ class GaussNewtonOperator(Operator):
             _refuse_sparse(module)
         self._module, self._pieces, self._layout, self._context = module, pieces, layout, context
         self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
+        self.weight: Tensor | float = 0.0  # of all batches, once a product was taken
         self.price, self.route, self._products = PRICES[products], ROUTES[products], products
         self._graphs = [self._graph(piece) for piece in pieces] if products == "kept" else None
 
@@ -92,6 +93,8 @@ class GaussNewtonOperator(Operator):
         self._graphs, self._pieces = None, []
 
     def _weighted(self, of: "Callable[[Evaluation, _Graph | None], _Share]") -> Tensor:
+        if not self._pieces:
+            raise released()
         total_D = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         weight: Tensor | float = 0.0
         graphs: Sequence[_Graph | None] = self._graphs or [None] * len(self._pieces)
@@ -100,6 +103,7 @@ class GaussNewtonOperator(Operator):
                 share, its_weight = of(piece, graph)
                 total_D += self._layout.join(share)
                 weight = weight + its_weight
+        self.weight = weight
         return total_D / weight
 
     def _graph(self, piece: Evaluation) -> "_Graph":

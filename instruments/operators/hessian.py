@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from instruments.layout import Layout
-from instruments.operators.operator import Operator
-from instruments.reentrant import nodes, refuse_reentrant
+from instruments.operators.operator import Operator, released
+from instruments.operators.suspects import Suspects, suspects
+from instruments.reentrant import gradients
 
 Piece = Callable[[], tuple[Tensor, Tensor | float]]
 """Evaluates one batch: (total loss with a graph, weight without one)."""
@@ -46,6 +47,7 @@ class HessianOperator(Operator):
     ) -> None:
         self._pieces, self._layout, self._context = pieces, layout, context
         self._graphs: list[_Graph] | None = None
+        self.weight: Tensor | float = 0.0  # of all batches, once a product was taken
         self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
         self.price = KEPT_PRODUCT if keep_graphs else REBUILT_PRODUCT
         self.route = f"double backward, graph {'kept' if keep_graphs else 'rebuilt for each product'}"
@@ -58,10 +60,10 @@ class HessianOperator(Operator):
         return self._weighted(lambda graph: graph.gradient())
 
     @property
-    def opaque(self) -> bool:
-        """Whether a graph holds an autograd.Function of the user's, whose second derivative may be missing."""
-        graphs = self._graphs if self._graphs is not None else [self._graph(piece) for piece in self._pieces[:1]]
-        return any(graph.opaque for graph in graphs)
+    def suspects(self) -> Suspects:
+        """What may spoil the products, by the graph of the first batch."""
+        graph = self._graphs[0] if self._graphs else self._graph(self._pieces[0])
+        return graph.suspects
 
     def matvec(self, v_D: Tensor) -> Tensor:
         v = self._layout.split(v_D)
@@ -70,19 +72,22 @@ class HessianOperator(Operator):
 
     def release(self) -> None:
         """Free the graphs; the operator cannot be used afterwards."""
-        self._graphs, self._pieces = [], []
+        self._graphs, self._pieces = None, []
 
     def _graph(self, piece: Piece) -> "_Graph":
         with self._context(True):
             return _Graph(piece, self._layout)
 
     def _weighted(self, of: Callable[["_Graph"], list[Tensor | None]]) -> Tensor:
+        if not self._pieces:
+            raise released()
         total_D = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         weight: Tensor | float = 0.0
         for i in range(len(self._pieces)):
             graph = self._graphs[i] if self._graphs is not None else self._graph(self._pieces[i])
             total_D += self._layout.join(of(graph))
             weight = weight + graph.weight
+        self.weight = weight
         return total_D / weight
 
 
@@ -93,11 +98,10 @@ class _Graph:
         self._params = layout.params
         with torch.enable_grad():
             total, self.weight = piece()
-            refuse_reentrant(total)
-            self.opaque = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes(total))
+            self.suspects = suspects([total], self._params)
             self._grads: list[Tensor | None] = [None] * len(self._params)
             if total.requires_grad:
-                grads = torch.autograd.grad(total, self._params, create_graph=True, allow_unused=True)
+                grads = gradients(total, self._params, create_graph=True)
                 self._grads = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
 
     def gradient(self) -> list[Tensor | None]:

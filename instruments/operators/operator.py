@@ -41,6 +41,14 @@ class DenseOperator(Operator):
         return self._matrix_DD @ v_D
 
 
+def released() -> ValueError:
+    """What an operator raises after its `release()`."""
+    return ValueError(
+        "expected an operator of the present step, got one that was released: its graphs are gone, and the parameters "
+        "may have moved on; ask the probe of this step for one."
+    )
+
+
 def random_unit(operator: Operator, seed: int) -> Tensor:
     """A Gaussian vector of norm 1 that depends on the seed alone, not on the device or any global generator."""
     v_D = torch.randn(operator.size, generator=torch.Generator().manual_seed(seed), dtype=operator.dtype)

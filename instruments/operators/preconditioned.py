@@ -1,4 +1,7 @@
-"""The Hessian as an optimizer sees it: D^1/2 (H + diag c) D^1/2."""
+"""The Hessian as an optimizer sees it: D^1/2 (H + diag c) D^1/2.
+
+Shapes: D = trainable scalars.
+"""
 
 from collections.abc import Sequence
 
@@ -6,28 +9,34 @@ import torch
 from torch import Tensor
 
 from instruments.operators.operator import Operator
+from instruments.preconditioners.basis import Basis
 
 
 class PreconditionedOperator(Operator):
-    """D^1/2 (H + diag c) D^1/2 for a diagonal step size D >= 0 and coupled decay c, both of shape (D,).
+    """R' (H + diag c) R with R = Q diag(d)^1/2, for step sizes d >= 0 in an orthonormal basis Q and coupled decay c.
 
-    It has the eigenvalues of D (H + diag c); a right eigenvector of that is D^1/2 y for an eigenvector y of this.
-    Coordinates with D = 0 are not trained and have rows of zeros.
+    d and c have shape (D,). It has the eigenvalues of D (H + diag c), D = R R' = Q diag(d) Q'; a right eigenvector of
+    that is R y for an eigenvector y of this. Without a basis Q = I and D is diagonal. Coordinates with d = 0 are not
+    trained and have rows of zeros.
     """
 
-    def __init__(self, hessian: Operator, scale_D: Tensor, decay_D: Tensor) -> None:
+    def __init__(self, hessian: Operator, scale_D: Tensor, decay_D: Tensor, basis: Basis | None = None) -> None:
         self._hessian, self._decay_D = hessian, decay_D
-        self._root_D = torch.sqrt(scale_D)
+        self._root_D, self._basis = torch.sqrt(scale_D), basis or Basis()
         self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
         self.price, self.route = hessian.price, hessian.route
 
     def matvec(self, v_D: Tensor) -> Tensor:
-        w_D = self._root_D * v_D
-        return self._root_D * (self._hessian.matvec(w_D) + self._decay_D * w_D)
+        w_D = self._basis.back(self._root_D * v_D)
+        return self._image(w_D, self._hessian.matvec(w_D))
+
+    def _image(self, w_D: Tensor, hw_D: Tensor) -> Tensor:
+        """R' (H + C) w."""
+        return self._root_D * self._basis.into(hw_D + self._decay_D * w_D)
 
     def known(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Those of the Hessian: w = D^1/2 v has v = D^-1/2 w, where every coordinate is trained."""
+        """Those of the Hessian: w = R v has v = R^-1 w, where every coordinate is trained."""
         pairs = self._hessian.known()
         if not pairs or not bool((self._root_D > 0).all()):
             return ()
-        return [(w_D / self._root_D, self._root_D * (hw_D + self._decay_D * w_D)) for w_D, hw_D in pairs]
+        return [(self._basis.into(w_D) / self._root_D, self._image(w_D, hw_D)) for w_D, hw_D in pairs]

@@ -22,13 +22,13 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     """Norms by BatchL2Grad and squares by SumGradSquared; inner products need BatchGrad, which holds all N x D."""
-    _refuse_unknown_layers(problem)
+    refuse_unknown_layers(problem)
     try:
         from backpack import backpack, extend
     except Exception as error:
         raise Refusal(f"BackPACK cannot be imported: {type(error).__name__}: {error}") from error
-    shadow, aliases = _shadow(problem)
-    calls = _count_calls(shadow)
+    shadow, aliases = shadow_of(problem)
+    calls = count_calls(shadow)
     try:
         extend(shadow)
         with torch.enable_grad(), problem.running(), backpack(*_extensions(problem)), warnings.catch_warnings():
@@ -36,7 +36,7 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
             parts = problem.objective.parts(shadow, batch)
             if parts.sums_N is None:
                 raise no_examples()
-            _refuse_calls(calls, parts.examples)
+            refuse_calls(calls, parts.examples)
             # Into the aliases only: a network inside the loss keeps the gradients that wait for its own optimizer.
             parts.total.backward(inputs=aliases)  # type: ignore[no-untyped-call]
     except (RuntimeError, AttributeError, ValueError, TypeError) as error:
@@ -70,7 +70,7 @@ def _statistics(problem: SampleProblem, alias: Any, examples: int, direction_d: 
     return Statistics(alias.batch_l2, squares_d, g_Nd @ direction_d.to(g_Nd), g_Nd @ g_Nd.T)
 
 
-def _refuse_unknown_layers(problem: SampleProblem) -> None:
+def refuse_unknown_layers(problem: SampleProblem) -> None:
     """Every trained parameter must sit in exactly one layer of a class (not a subclass) that BackPACK knows."""
     owners: dict[int, list[nn.Module]] = {}
     for module in problem.module.modules():
@@ -91,7 +91,7 @@ def _unsound(layer: nn.Module) -> bool:
     return getattr(layer, "groups", 1) != 1 or getattr(layer, "padding_mode", "zeros") != "zeros"
 
 
-def _shadow(problem: SampleProblem) -> tuple[nn.Module, list[Tensor]]:
+def shadow_of(problem: SampleProblem) -> tuple[nn.Module, list[Tensor]]:
     """A copy of the module tree over the same storage: parameters are aliased, nothing of size D is copied."""
     memo: dict[int, object] = {}
     for q in problem.module.parameters():
@@ -106,7 +106,7 @@ def _shadow(problem: SampleProblem) -> tuple[nn.Module, list[Tensor]]:
 Calls = dict[int, list[int]]
 
 
-def _count_calls(shadow: nn.Module) -> Calls:
+def count_calls(shadow: nn.Module) -> Calls:
     """Leading output dimension of every call of every layer with parameters."""
     calls: Calls = {}
     for module in shadow.modules():
@@ -116,7 +116,8 @@ def _count_calls(shadow: nn.Module) -> Calls:
     return calls
 
 
-def _refuse_calls(calls: Calls, examples: int) -> None:
+def refuse_calls(calls: Calls, examples: int) -> None:
+    """BackPACK takes every call of a layer for one with all examples, once a forward pass."""
     for sizes in calls.values():
         if len(sizes) > 1 or any(size != examples for size in sizes):
             raise Refusal("a layer is called twice a forward pass, or without the examples as leading dimension.")

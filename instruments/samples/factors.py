@@ -8,7 +8,7 @@ Shapes: N = examples, n = some of them, T = positions of an example, G = groups,
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -36,6 +36,20 @@ class Factor(ABC):
     def rows(self, some: slice) -> Tensor:
         """The gradients of some examples as they are, (n, *shape)."""
 
+    @abstractmethod
+    def along(self, direction: Tensor) -> Tensor:
+        """(N,): <g_i, direction> alone, without the gradients."""
+
+    @property
+    def bytes(self) -> int:
+        """What the factor holds."""
+        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
+
+    def detached(self) -> "Factor":
+        """Without the graph that its tensors come from."""
+        tensors = {name: t.detach() for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)  # type: ignore[type-var]
+
 
 @dataclass(frozen=True)
 class Direct(Factor):
@@ -56,6 +70,9 @@ class Direct(Factor):
     def rows(self, some: slice) -> Tensor:
         return self.grads[some]
 
+    def along(self, direction: Tensor) -> Tensor:
+        return self.grads.reshape(len(self.grads), -1) @ direction.reshape(-1).to(self.grads.dtype)
+
 
 @dataclass(frozen=True)
 class Outer(Factor):
@@ -67,6 +84,15 @@ class Outer(Factor):
 
     def rows(self, some: slice) -> Tensor:
         return (self.a_NGTp[some].mT @ self.b_NGTq[some]).reshape(-1, *self.shape)
+
+    def along(self, direction: Tensor) -> Tensor:
+        n, groups, positions, p = self.a_NGTp.shape
+        q = self.b_NGTq.shape[3]
+        v_Gpq = direction.reshape(groups, p, q).to(self.a_NGTp.dtype)
+        if groups == 1:  # plain matrices are multiplied faster than batches of them
+            inner_R = _bilinear(self.a_NGTp.reshape(-1, p), v_Gpq[0], self.b_NGTq.reshape(-1, q))
+            return inner_R.view(n, positions).sum(1)
+        return ((self.a_NGTp @ v_Gpq) * self.b_NGTq).sum((1, 2, 3))
 
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         _, groups, positions, p = self.a_NGTp.shape
@@ -90,9 +116,10 @@ class Outer(Factor):
             inner = [_bilinear(a_Np, v_pq, b_Nq) for (a_Np, b_Nq), v_pq in zip(pairs, v_Gpq, strict=True)]
         if "gram" in wants:
             grams = [(a_Np @ a_Np.T) * (b_Nq @ b_Nq.T) for a_Np, b_Nq in pairs]
+        products = [_inner(a2_Np, b2_Nq) for a2_Np, b2_Nq in squares] if "second_moment" in wants else []
         return Statistics(
             _added(norms),
-            torch.stack([_inner(a2_Np, b2_Nq) for a2_Np, b2_Nq in squares]) if "second_moment" in wants else None,
+            (torch.stack(products) if len(products) > 1 else products[0]) if products else None,
             _added(inner) if inner else None,
             _added(grams) if grams else None,
         )
@@ -135,6 +162,10 @@ class Lookup(Factor):
         place_U = (self.example_U[mine_U] - first) * self.shape[0] + self.row_U[mine_U]
         flat = self.grads_Uq.new_zeros((last - first) * self.shape[0], self.shape[1])
         return flat.index_add_(0, place_U, self.grads_Uq[mine_U]).reshape(last - first, *self.shape)
+
+    def along(self, direction: Tensor) -> Tensor:
+        v_Uq = direction.reshape(self.shape)[self.row_U].to(self.grads_Uq)
+        return self.grads_Uq.new_zeros(self.examples).index_add_(0, self.example_U, (self.grads_Uq * v_Uq).sum(1))
 
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         pair_U, place_U = torch.unique(self.example_U * self.shape[0] + self.row_U, return_inverse=True)
@@ -190,6 +221,13 @@ class Convolved(Factor):
         whole: Tensor = grads[1]
         return whole.view(n, *self.shape)
 
+    def along(self, direction: Tensor) -> Tensor:
+        """The operation itself with the direction as its weight: <delta, conv(x, v)>."""
+        x, delta = (t.flatten(0, 1) for t in (self.inputs, self.deltas))
+        weight = direction.reshape(self.shape).to(x.dtype)
+        result: Tensor = torch.ops.aten.convolution(x, weight, None, *self.settings, self.groups)
+        return (result * delta).reshape(len(self.inputs), -1).sum(1)
+
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         return in_chunks(self.rows, self.inputs, len(self.inputs), prod(self.shape), wants, direction)
 
@@ -205,11 +243,27 @@ class Together(Factor):
 
     def rows(self, some: slice) -> Tensor:
         first, last, _ = some.indices(self.examples)
-        dtype = torch.promote_types(self.param.dtype, torch.float32)
-        total = self.param.new_zeros(last - first, self.param.numel(), dtype=dtype)
+        total = self.param.new_zeros(last - first, self.param.numel(), dtype=self.dtype)
         for use, part in zip(self.uses, self.parts, strict=True):
             total += use.rows_to_parameter(part.rows(slice(first, last))).to(total.dtype)
         return total.reshape(last - first, *self.param.shape)
+
+    def along(self, direction: Tensor) -> Tensor:
+        total_N = self.param.new_zeros(self.examples, dtype=self.dtype)
+        for use, part in zip(self.uses, self.parts, strict=True):
+            total_N += part.along(use.from_parameter(direction)).to(self.dtype)
+        return total_N
+
+    def detached(self) -> "Together":
+        return replace(self, parts=[part.detached() for part in self.parts], param=self.param.detach())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.param.dtype, torch.float32)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
 
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         return in_chunks(self.rows, self.param, self.examples, self.param.numel(), wants, direction)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from instruments.objective import Batch, Parts, Undefined, no_examples
-from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
 from instruments.samples import func_engine, loop_engine
 from instruments.samples.axes import ExampleAxis, Profile, find_axes, profile
@@ -55,13 +54,12 @@ class Check:
 
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     """One forward and one backward, and, for a graph that was not seen before, three backward passes to check."""
-    with torch.enable_grad(), problem.running():
+    with torch.enable_grad(), problem.running(differentiable=False):
         parts = problem.objective.parts(problem.module, batch)
         if parts.sums_N is None:
             raise no_examples()
         if not parts.total.requires_grad:
             raise Refusal("the loss does not depend on any trained parameter.")
-        refuse_reentrant(parts.total)
         uses, graph, reorders = find_uses(parts.total.grad_fn, problem.layout.params)
         key = (parts.examples, problem.layout.names, graph)
         known = problem.plans.get(key)
@@ -70,8 +68,13 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
             checks.append(_check(problem, parts.sums_N, _mixed(parts.sums_N)))
         work = _Backward(problem, uses, plan, parts.examples, checks)
         sum_D, found = work.run(parts.total)
+        if problem.kept is not None:
+            problem.kept.losses_N = (parts.sums_N * (parts.examples / parts.denominator)).detach()
+            problem.kept.unit = parts.examples / parts.denominator
     if checks:
         found = {index: found[index] for index in work.agreeing()}
+        if problem.kept is not None and len(found) < len(problem.layout.params):
+            problem.kept.factors.clear()
     plan = replace(plan, elsewhere=frozenset(range(len(problem.layout.params))) - found.keys())
     if known is None and plan.certain and bool(torch.isfinite(sum_D).all()):
         problem.plans[key] = plan
@@ -187,6 +190,8 @@ class _Backward:
                 direction = self._direction(use, made, out[use.slot])
             found = made.statistics(self._problem.wants, direction)
             self._found[use.index] = use.statistics_to_parameter(found)
+            if self._problem.kept is not None:
+                self._problem.kept.keep(use.index, use, made)
             if self._checks:
                 self._sums[use.index] = use.rows_to_parameter(self._weighted(made).view(-1, *use.shape))
             del self._factors[number]
@@ -211,6 +216,8 @@ class _Backward:
             whole = torch.zeros_like(p) if grad is None else grad.to_dense()
             direction = whole if self._given is None else self._given[index]
         self._found[index] = made.statistics(self._problem.wants, direction)
+        if self._problem.kept is not None:
+            self._problem.kept.keep(index, None, made)
         if self._checks:
             self._sums[index] = self._weighted(made)
 

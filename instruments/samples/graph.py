@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from instruments.reentrant import REENTRANT, hidden_parameters
 from instruments.samples.problem import Statistics
 
 Node = Any  # torch.autograd.graph.Node, whose saved tensors are attributes that its class does not declare
@@ -54,8 +55,8 @@ class Use:
 
     def from_parameter(self, direction: Tensor) -> Tensor:
         """A direction of the parameter as the operation sees it: the views themselves, as the adjoint of the above."""
-        if not self.chain:
-            return direction
+        if all(node.name() == "TBackward0" for node, _ in self.chain):
+            return direction.T if len(self.chain) % 2 else direction
         with torch.enable_grad():
             zero = torch.zeros(self.shape, dtype=direction.dtype, device=direction.device, requires_grad=True)
             moved = self.to_parameter(zero)
@@ -87,33 +88,42 @@ class Uses(NamedTuple):
 
 
 def find_uses(root: Node, params: Sequence[Tensor]) -> Uses:
-    """Every use of every parameter below `root`, by one walk over the graph."""
+    """Every use of every parameter below `root`, by one walk over the graph.
+
+    Raises Refusal where a reentrant checkpoint hides parameters.
+    """
     names: list[tuple[str, object]] = []
-    reorders = False
     consumers: dict[Node, list[tuple[Node, int, int]]] = {}
     leaves: dict[int, Node] = {}
-    seen, waiting = {root}, [root]
+    custom, waiting = False, [root]
+    consumers[root] = []
     while waiting:
         node = waiting.pop()
-        name = str(node.name())
-        names.append((name, tuple(tuple(about.shape) for about in node._input_metadata)))
-        reorders |= name.startswith(REORDERING) or isinstance(node, torch.autograd.function.BackwardCFunction)
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node
+            continue
+        names.append((node.name(), [about.shape for about in node._input_metadata]))
+        custom |= isinstance(node, torch.autograd.function.BackwardCFunction)
         for slot, (below, output) in enumerate(node.next_functions):
             if below is None:
                 continue
-            consumers.setdefault(below, []).append((node, slot, output))
-            if below not in seen:
-                seen.add(below)
+            users = consumers.get(below)
+            if users is None:
+                consumers[below] = [(node, slot, output)]
                 waiting.append(below)
-                if hasattr(below, "variable"):
-                    leaves[id(below.variable)] = below
+            else:
+                users.append((node, slot, output))
+    kinds = {name for name, _ in names}
+    if REENTRANT in kinds:
+        raise hidden_parameters()
+    reorders = custom or any(name.startswith(REORDERING) for name in kinds)
     uses: list[Use] = []
     for index, p in enumerate(params):
         leaf = leaves.get(id(p))
         if leaf is not None:
             _climb(index, leaf, (), tuple(p.shape), consumers, uses)
     chains = [(u.index, u.slot, u.name, u.shape, [(str(node.name()), out) for node, out in u.chain]) for u in uses]
-    return Uses(uses, hash((tuple(names), repr(chains))), reorders)
+    return Uses(uses, hash(repr((names, chains))), reorders)
 
 
 def _climb(

@@ -64,8 +64,8 @@ class SampleMoments:
     @cached_property
     def square_of_sum_L(self) -> Tensor:
         """Q = |sum over examples of g_i|^2, by parameter tensor, in float64."""
-        pieces = flat_pieces(self.layout, self.mean_D)
-        return self.examples**2 * torch.stack([piece.double().square().sum() for piece in pieces])
+        norms = torch._foreach_norm(list(flat_pieces(self.layout, self.mean_D)), dtype=torch.float64)
+        return (self.examples * torch.stack(norms)).square_()
 
     @cached_property
     def left_out_sums(self) -> tuple[Tensor, Tensor]:
@@ -77,6 +77,14 @@ class SampleMoments:
         a_NL = self.norms_sq_NL.double()
         q_NL = self.square_of_sum_L - 2 * self.examples * self.inner_NL.double() + a_NL
         return self.sum_of_squares_L - a_NL, q_NL
+
+    @cached_property
+    def left_out_totals(self) -> tuple[Tensor, Tensor]:
+        """The same over all parameters together, (N,) both."""
+        assert self.inner_NL is not None
+        a_N = self.norms_sq_NL.double().sum(1)
+        q_N = self.square_of_sum_L.sum() - 2 * self.examples * self.inner_NL.double().sum(1) + a_N
+        return a_N.sum() - a_N, q_N
 
 
 def sample_moments(problem: SampleProblem, batches: Sequence[Batch], engine: EngineName = "auto") -> SampleMoments:
@@ -132,6 +140,7 @@ def _scaled(layout: Layout, parts: Sequence[BatchMoments], given: bool) -> Sampl
     """From sums of losses to the loss: g_i by N / denominator, and means over the examples of all batches.
 
     Inner products are with the sum of the gradients, which becomes their mean, or with a direction that was `given`.
+    The sums over the parameters are changed in place.
     """
     denominator = sum((part.denominator for part in parts), start=0.0)
     norms_sq_NL = torch.cat([part.norms_sq_NL for part in parts]) if len(parts) > 1 else parts[0].norms_sq_NL
@@ -152,9 +161,9 @@ def _scaled(layout: Layout, parts: Sequence[BatchMoments], given: bool) -> Sampl
     return SampleMoments(
         layout,
         norms_sq_NL * factor**2,
-        sum_D / denominator,
+        sum_D.div_(denominator),
         parts[0].engine,
-        None if squares_D is None else squares_D * (factor**2 / n),
+        None if squares_D is None else squares_D.mul_(factor**2 / n),
         torch.cat(inner) * (factor if given else factor / denominator) if inner else None,
         None if gram_NN is None else gram_NN * factor**2,
     )

@@ -6,7 +6,7 @@ Shapes: N = examples of one batch, D = trainable scalars, L = trained parameter 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +14,30 @@ from torch import Tensor, nn
 from instruments.layout import Layout
 from instruments.objective import Batch, Objective
 
+if TYPE_CHECKING:
+    from instruments.samples.kept import KeptFactors
+
 Want = Literal["second_moment", "inner_products", "gram"]
 
 
 @dataclass(frozen=True)
 class SampleProblem:
-    """A model at rest, its loss, and `running`: the pinned context in which every forward happens.
+    """A model at rest, its loss, and `running`: the pinned context in which every forward happens, with kernels that
+    can be vectorised unless it is called with `differentiable=False`, then with the user's own.
 
     `wants` is what is to be computed beside the norms and the sum. Inner products are taken with `direction_D`, or,
-    where that is None, with the sum of the batch itself. `plans` is what the fused engine remembers of a model.
+    where that is None, with the sum of the batch itself. `plans` is what the fused engine remembers of a model, `kept`
+    what it is to fill for products with a direction that is known later.
     """
 
     module: nn.Module
     layout: Layout
     objective: Objective
-    running: Callable[[], AbstractContextManager[None]]
+    running: Callable[..., AbstractContextManager[None]]
     wants: frozenset[Want] = frozenset()
     direction_D: Tensor | None = None
     plans: dict[Any, Any] = field(default_factory=dict)
+    kept: "KeptFactors | None" = None
 
     def only(self, chosen: Collection[int]) -> "SampleProblem":
         """The same for some of the parameters, in the order of the layout."""

@@ -26,9 +26,9 @@ class Clipping(Instrument):
     climbs late in training that gradients grow. The error of the share takes the readings as independent; clips come in
     runs, so it is rather larger.
 
-    Clipping before observe() cannot be seen here: observe() belongs between backward() and the clip. Loss scales that
-    are still in `.grad` at observe are refused, and so is SGD with Nesterov momentum over lists of tensors, which
-    writes to `.grad`.
+    Both norms are without the scale of a GradScaler, whether `unscale_` is called before observe(), between it and the
+    clip, or by `scaler.step`. Clipping before observe() cannot be seen here: observe() belongs between backward() and
+    the clip. SGD with Nesterov momentum over lists of tensors, which writes to `.grad`, is refused.
     """
 
     pool: int = 100

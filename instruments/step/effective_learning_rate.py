@@ -22,7 +22,7 @@ class EffectiveLearningRate(Gauge):
 
     Plain SGD with that learning rate would have moved as far; its own reads `multiple` = 1. Momentum mu in a steady
     direction reads 1 / (1 - mu), and a `multiple` of Adam is large where gradients are small. Decay and momentum are in
-    u, clipping in place is in g.
+    u, clipping in place is in g, the scale of a GradScaler in neither.
 
     The angular update is |u_perp| / |theta|, u_perp being the part of u across the weights of a tensor before the step.
     Where a normalization follows, the length of the weights has no effect and only this part does: it is then the

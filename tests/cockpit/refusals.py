@@ -61,7 +61,7 @@ RULES: Mapping[str, Rule] = {
     **{
         name: NO_EXAMPLES
         for name in catalogue.builtin_names()
-        if catalogue.make(name).needs & (SAMPLES | {"step_examples", "fisher"})
+        if catalogue.make(name).needs & (SAMPLES | {"step_examples", "fisher", "example_gradients"})
     },
     "batch/example_loss": Rule(one_number, "single number"),
     "curvature/preconditioned_sharpness": Rule(

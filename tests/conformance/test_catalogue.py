@@ -31,6 +31,7 @@ REFUSALS: dict[str, tuple[frozenset[str], str]] = {
     "curvature/tic": (MIXED_OR_ONE, NO_EXAMPLES),
     "gradient/coherence": (MIXED_OR_ONE, NO_EXAMPLES),
     "gradient/early_stopping": (MIXED_OR_ONE, NO_EXAMPLES),
+    "gradient/example_histogram": (MIXED_OR_ONE, NO_EXAMPLES),
     "gradient/gradient_tests": (MIXED_OR_ONE, NO_EXAMPLES),
     "gradient/noise_scale": (MIXED_OR_ONE, NO_EXAMPLES),
     "gradient/signal_to_noise": (MIXED_OR_ONE, NO_EXAMPLES),

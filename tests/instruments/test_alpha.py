@@ -16,18 +16,63 @@ from twins import example_gradients, total_loss, trainable
 
 from instruments import Probe, View
 from instruments.objective import as_objective
+from instruments.samples import kept as samples_kept
 from instruments.step.alpha import Alpha
 
 READABLE = [case for case in CASES if case.examples and not case.random]
 
 
-def read(model: nn.Module, loss: Any, batch: Any, move: Callable[[], object]) -> dict[str, Any]:
-    probe = Probe(model, as_objective(loss), [], [batch])
+def read(
+    model: nn.Module, loss: Any, batch: Any, move: Callable[[], object], first: frozenset[Any] = frozenset()
+) -> dict[str, Any]:
+    """`first` is what another instrument asks for before the step."""
+    probe = Probe(model, as_objective(loss), [], [batch], expected=first | Alpha.needs)
+    if first:
+        with probe:
+            View(probe, first).moments
     probe.remember()
     with torch.no_grad():
         move()
     with probe:
         return dict(Alpha().read(View(probe, Alpha.needs)))
+
+
+PASS: frozenset[Any] = frozenset({"samples", "inner_products"})
+
+
+@pytest.mark.parametrize("kept_bytes", [2**26, 0], ids=["kept", "too_large"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.examples], ids=lambda case: case.name)
+def test_a_pass_before_the_step_gives_the_slopes_too(
+    case: Case, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples_kept, "KEPT_BYTES", kept_bytes)
+    values: list[dict[str, Any]] = []
+    passes: list[Any] = []
+    for first in (frozenset(), PASS):
+        built = build(case)
+        params = list(trainable(built.model).values())
+        generator = torch.Generator().manual_seed(0)
+
+        def move(params: Any = params, generator: Any = generator) -> None:
+            for p in params:
+                p.sub_(1e-2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Probe, "inner_products", spied(Probe.inner_products, passes))
+            values.append(read(built.model, built.loss, built.batch, move, first))
+    assert len(passes) == (1 if kept_bytes else 2)
+    for name in ("slope", "curvature"):
+        alone, after_another = (value[name] for value in values)
+        assert float(after_another.value) == pytest.approx(float(alone.value), rel=1e-9, abs=1e-12)
+        assert float(after_another.stderr) == pytest.approx(float(alone.stderr), rel=1e-9, abs=1e-12)
+
+
+def spied(function: Any, calls: list[Any]) -> Any:
+    def called(*args: Any) -> Any:
+        calls.append(args)
+        return function(*args)
+
+    return called
 
 
 class Quadratic(nn.Module):

@@ -129,13 +129,20 @@ def test_the_angle_settles_where_decay_and_learning_rate_say() -> None:
     assert math.sqrt(sum(found) / len(found)) == pytest.approx(math.sqrt(2 * 0.05 * 0.1), rel=0.05)
 
 
-def test_scaled_gradients_are_refused() -> None:
+def test_what_a_scaler_has_divided_is_not_divided_again() -> None:
+    """At observe the loss scale of 8 is in `.grad`, when the optimizer steps no longer."""
     built = build(BY_NAME["mlp"])
     loop = run(built, [optim.SGD(built.model.parameters(), lr=0.1)], 0)
+    for p in built.model.parameters():
+        p.grad.mul_(8)
     probe = Probe(built.model, as_objective(built.loss), loop.optimizers, [built.batch], loss_scale=8.0)
     probe.remember()
-    with probe, pytest.raises(Refusal, match="unscale_"):
-        EffectiveLearningRate().read(View(probe, EffectiveLearningRate.needs))
+    for p in built.model.parameters():
+        p.grad.div_(8)
+    loop.optimizers[0].step()
+    with probe:
+        values = EffectiveLearningRate().read(View(probe, EffectiveLearningRate.needs))
+    assert float(values["multiple"][0]) == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize(("foreach", "refused"), [(True, True), (False, False), (None, False)])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from twins import trainable
 
 from instruments import Probe, Refusal, View
-from instruments.gradient._bins import strided_sample
-from instruments.gradient.histogram import Histogram
+from instruments.gradient._bins import Powers, histogram, strided_sample, symmetric_limits
+from instruments.gradient.histogram import FIXED, Histogram
 from instruments.gradient.histogram_2d import Histogram2d
 from instruments.objective import as_objective
 
@@ -50,6 +50,21 @@ def test_every_element_is_in_its_bin(name: str, bins: Any) -> None:
     assert float(values["largest"]) == max(map(abs, elements))
     small = sum(0 < abs(g) < 2**-24 for g in elements) / len(elements)
     assert (float(values["underflow"].value), float(values["underflow"].stderr)) == (pytest.approx(small), 0.0)
+
+
+def test_counts_by_exponent_are_those_of_a_search() -> None:
+    """Random signs and sizes from below the smallest limit to beyond the largest, and every limit itself."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, dtype=torch.float64, generator=generator)
+    x = x * torch.exp(30 * torch.randn(4000, dtype=torch.float64, generator=generator))
+    powers = 2.0 ** torch.arange(-42.0, 15.0, dtype=torch.float64)
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 5e-324, -5e-324], dtype=torch.float64)
+    sample = torch.cat([x, powers, -powers, torch.nextafter(powers, powers * 2), torch.nextafter(powers, -powers), odd])
+    by_search = histogram(sample, symmetric_limits(*FIXED, sample.device))
+    by_exponent = Powers(sample).histogram(*FIXED)
+    assert torch.equal(by_exponent, by_search)
+    assert by_exponent[1].sum() == len(sample) - 2
+    assert (by_exponent[1] > 0).all()
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -1,120 +1,21 @@
 """rho = 1 is the edge: torch's own optimizers on a quadratic, their second moment held fixed, decay below and diverge
 above it. And each reader refuses what it does not know.
 
-Shapes: D = 12 coordinates in three groups of four.
+Shapes: D = 12 coordinates in three groups of four (`frozen_moments`).
 """
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from frozen_moments import Groups, Held, same, three
 from torch import Tensor, nn, optim
 
 from instruments.layout import Layout
-from instruments.preconditioners import headroom, read_preconditioner, reads
+from instruments.preconditioners import Scale, headroom, read_preconditioner, reads, registry
 from instruments.refusal import Refusal
-
-STEPS = 3000
-Groups = list[dict[str, Any]]
-
-
-def hessian(seed: int) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(12, 12, generator=g, dtype=torch.float64))
-    return q @ torch.diag(torch.logspace(-1, 1, 12, dtype=torch.float64)) @ q.T
-
-
-def hold_state(cls: Any, group: Any, state: Any, grad: Tensor, v: Tensor, mean: Tensor) -> None:
-    """Set the state of one parameter so that the next step uses v, whatever the gradient is."""
-    state["step"] = torch.tensor(1e5)
-    for name in ("exp_avg", "momentum_buffer"):
-        state.setdefault(name, torch.zeros(4, dtype=torch.float64))
-    if cls in (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam):
-        beta2 = group["betas"][1]
-        state["exp_avg_sq"] = (v - (1 - beta2) * grad**2) / beta2
-        state["max_exp_avg_sq"] = 0.5 * v  # below v: the maximum is v
-        state["mu_product"] = torch.tensor(0.0)  # the product of many momenta
-    elif cls is optim.RMSprop:
-        alpha = group["alpha"]
-        state["square_avg"] = (v - (1 - alpha) * grad**2) / alpha
-        state["grad_avg"] = (mean - (1 - alpha) * grad) / alpha
-    elif cls is optim.Adamax:
-        state["exp_inf"] = v / group["betas"][1]  # the gradients of this test are far below v
-    elif cls is optim.Adagrad:
-        state["sum"], state["step"] = v - grad**2, torch.tensor(3.0)
-    elif cls is optim.Adadelta:
-        rho = group["rho"]
-        state["square_avg"], state["acc_delta"] = (v - (1 - rho) * grad**2) / rho, mean.clone()
-    elif cls is optim.Adafactor:
-        state["step"] = torch.tensor(9.0)
-        forget = 10.0 ** group["beta2_decay"]
-        state["variance"] = (v - forget * grad**2) / (1 - forget)
-        state["row_var"] = state["col_var"] = None
-
-
-class Held:
-    """An optimizer on 1/2 x'Hx whose preconditioner stays what it is: before every step the stored second moment is set
-    so that the update brings it back to `target`."""
-
-    def __init__(self, make: Callable[[Groups], optim.Optimizer], groups: list[dict[str, Any]], seed: int) -> None:
-        g = torch.Generator().manual_seed(seed + 100)
-        self.h = hessian(seed)
-        self.model = nn.ParameterList(
-            [nn.Parameter(1e-6 * torch.randn(4, generator=g, dtype=torch.float64)) for _ in range(3)]
-        )
-        self.optimizer = make([{**group, "params": [p]} for group, p in zip(groups, self.model, strict=True)])
-        self.targets = [torch.rand(4, generator=g, dtype=torch.float64) + 0.05 for _ in range(3)]
-        self.means = [0.1 * torch.rand(4, generator=g, dtype=torch.float64) for _ in range(3)]
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    def gradient(self) -> None:
-        grads = (self.h @ torch.cat(list(self.model))).detach().split(4)
-        for p, grad in zip(self.model, grads, strict=True):
-            p.grad = grad.clone()
-
-    def hold(self) -> None:
-        for group, v, mean in zip(self.optimizer.param_groups, self.targets, self.means, strict=True):
-            p = group["params"][0]
-            state = self.optimizer.state[p]
-            coupled = 0.0 if group.get("decoupled_weight_decay", False) else group["weight_decay"]
-            hold_state(type(self.optimizer), group, state, p.grad + coupled * p.detach(), v, mean)
-
-    def rho(self) -> float:
-        self.gradient()
-        self.hold()
-        layout = Layout.of(self.model)
-        p = read_preconditioner([self.optimizer], layout, [q.grad for q in layout.params])
-        root = p.scale_D.sqrt()
-        return float(torch.linalg.eigvalsh(root[:, None] * (self.h + torch.diag(p.decay_D)) * root)[-1]) / 2
-
-    def scale_to(self, rho: float) -> None:
-        """Multiply all learning rates by one factor until rho is what is asked (decay makes it a little non-linear)."""
-        factor = 1.0
-        for _ in range(60):
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
-            factor *= rho / self.rho()
-        assert self.rho() == pytest.approx(rho, rel=1e-9)
-
-    def fate(self) -> str:
-        """ "diverges" once |x| is a thousand times what it was, "decays" when it has halved by the end."""
-        start = self.norm()
-        for _ in range(STEPS):
-            self.gradient()
-            self.hold()
-            self.optimizer.step()
-            if self.norm() > 1e3 * start:
-                return "diverges"
-        return "decays" if self.norm() < start / 2 else "neither"
-
-    def norm(self) -> float:
-        return float(torch.cat(list(self.model)).detach().norm())
-
-
-def same(**settings: Any) -> Groups:
-    return [{"lr": 0.1, **settings}] * 3
-
 
 CASES: Mapping[str, tuple[Callable[..., optim.Optimizer], Groups]] = {
     "sgd": (optim.SGD, same()),
@@ -131,6 +32,7 @@ CASES: Mapping[str, tuple[Callable[..., optim.Optimizer], Groups]] = {
             {"lr": 0.1, "momentum": 0.5, "weight_decay": 1.0},
         ],
     ),
+    "asgd": (optim.ASGD, same(lambd=0.5, weight_decay=0.2)),
     "adam": (optim.Adam, same()),
     "adam_no_momentum": (optim.Adam, same(betas=(0.0, 0.99))),
     "adam_l2": (optim.Adam, same(weight_decay=0.3)),
@@ -165,6 +67,33 @@ CASES: Mapping[str, tuple[Callable[..., optim.Optimizer], Groups]] = {
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rho_is_the_edge(name: str, seed: int) -> None:
     make, groups = CASES[name]
+    check_edge(make, groups, seed)
+
+
+OVER_LISTS = ("heavy_ball", "asgd", "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "adadelta", "adafactor",
+              "rmsprop_centred")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(name, "foreach") for name in OVER_LISTS] + [(name, "fused") for name in ("nesterov", "adam", "adamw", "adagrad")],
+)
+def test_rho_is_the_edge_of_other_implementations(name: str, variant: str) -> None:
+    make, groups = CASES[name]
+    check_edge(lambda given: make(given, **{variant: True}), groups, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rho_is_the_edge_of_three_optimizers_on_one_problem(seed: int) -> None:
+    drawn = random.Random(seed)
+    chosen = [CASES[name] for name in drawn.sample(sorted(CASES), 3)]
+    groups = [dict(drawn.choice(groups)) for _, groups in chosen]
+    for (make, _), group in zip(chosen, groups, strict=True):
+        group["lr"] *= 1.0 if make is optim.Adafactor else 10 ** drawn.uniform(-1, 0.5)
+    check_edge(three(*((make, {}) for make, _ in chosen)), groups, seed)
+
+
+def check_edge(make: Callable[..., Any], groups: Groups, seed: int) -> None:
     for rho, fate in ((0.97, "decays"), (1.03, "diverges")):
         held = Held(make, groups, seed)
         held.scale_to(rho)
@@ -234,20 +163,59 @@ def test_the_preconditioner_is_that_of_the_step_about_to_be_taken(make: Any, ste
     assert torch.allclose(scale_D, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("variant", [{"foreach": True}, {"fused": True}, {"capturable": False, "foreach": False}])
-def test_variants_of_adam_read_the_same(variant: dict[str, bool]) -> None:
+EVERY = sorted((c for c in registry.READERS if c.__module__.startswith("torch.optim")), key=lambda c: c.__name__)
+FUSED = (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad)
+VARIANTS = [(cls, {"foreach": True}) for cls in EVERY] + [(cls, {"fused": True}) for cls in FUSED]
+
+
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_variants_are_read_the_same(cls: Any, variant: dict[str, Any]) -> None:
+    """Over lists of tensors and fused; then with what capturable optimizers keep: tensors for numbers."""
     torch.manual_seed(0)
-    p = nn.Parameter(torch.randn(4))
-    optimizer = optim.Adam([p], lr=torch.tensor(0.01) if variant.get("foreach") is False else 0.01, **variant)  # type: ignore[arg-type]
-    plain = optim.Adam([p], lr=0.01)
-    for o in (optimizer, plain):
-        p.grad = torch.ones(4)
-        value = p.detach().clone()
-        o.step()
-        p.data.copy_(value)
-    layout = Layout(("p",), (p,))
-    read = [read_preconditioner([o], layout, [p.grad]).scale_D for o in (optimizer, plain)]
-    assert torch.allclose(read[0], read[1], rtol=1e-6)
+    start, history = torch.randn(3, 2), torch.randn(3, 3, 2)
+    read = []
+    for settings in ({}, variant):
+        p = nn.Parameter(start.clone())
+        optimizer, layout = cls([p], lr=0.01, weight_decay=0.1, **settings), Layout(("p",), (p,))
+        for grad in history:
+            p.grad = grad.clone()
+            with torch.no_grad():
+                optimizer.step()
+            p.data.copy_(start)
+        read.append(read_preconditioner([optimizer], layout, [history[0]]))
+    for group in optimizer.param_groups:
+        settings = {"lr": torch.tensor(0.01), "capturable": True}
+        group.update({**settings, "betas": tuple(map(torch.tensor, group["betas"]))} if "betas" in group else settings)
+    read.append(read_preconditioner([optimizer], layout, [history[0]]))
+    for one in read[1:]:
+        assert torch.allclose(one.scale_D, read[0].scale_D, rtol=1e-5)
+        assert torch.equal(one.decay_D, read[0].decay_D)
+
+
+def test_every_optimizer_of_torch_is_read_or_refused_with_a_reason() -> None:
+    p = nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    layout, reasons = Layout(("p",), (p,)), {}
+    for name in dir(optim):
+        cls = getattr(optim, name)
+        if isinstance(cls, type) and issubclass(cls, optim.Optimizer) and cls is not optim.Optimizer:
+            try:
+                assert (read_preconditioner([cls([p], lr=0.01)], layout, [p.grad]).scale_D > 0).all()
+            except Refusal as refusal:
+                reasons[name] = str(refusal)
+    assert set(reasons) == {"LBFGS", "Muon", "Rprop", "SparseAdam"}
+    for name, reason in reasons.items():
+        assert reason.startswith(f"preconditioned sharpness is not defined for {name}: ")
+        assert "step/step_ratio (r, edge 1) and curvature/batch_sharpness" in reason
+
+
+@pytest.mark.parametrize("name", ["Lion", "SignSGD", "MyMuon"])
+def test_steps_that_are_not_linear_are_refused_by_name(name: str) -> None:
+    base = optim.Muon if name == "MyMuon" else optim.Optimizer
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer = type(name, (base,), {"__init__": lambda self: optim.Optimizer.__init__(self, [p], {})})()
+    with pytest.raises(Refusal, match=f"not defined for {name}: .*not linear.*step/step_ratio"):
+        read_preconditioner([optimizer], Layout(("p",), (p,)), [p])
 
 
 def test_parameters_outside_any_optimizer_do_not_move() -> None:
@@ -262,9 +230,7 @@ def test_parameters_outside_any_optimizer_do_not_move() -> None:
 
 
 def test_unknown_optimizers_are_refused_and_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from instruments import preconditioners
-
-    monkeypatch.setattr(preconditioners, "READERS", dict(preconditioners.READERS))
+    monkeypatch.setattr(registry, "READERS", dict(registry.READERS))
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     layout = Layout(("p",), (p,))
@@ -276,19 +242,22 @@ def test_unknown_optimizers_are_refused_and_can_be_registered(monkeypatch: pytes
         def step(self, closure: Any = None) -> Any:
             return None
 
+    class Unknown:
+        param_groups = ({"params": [p]},)
+
+        def step(self) -> None: ...
+
     read_preconditioner([Renamed([p])], layout, [p.grad])
     with pytest.raises(Refusal, match="overrides the step of Adam"):
         read_preconditioner([Changed([p])], layout, [p.grad])
-    with pytest.raises(Refusal, match=r"no preconditioner reader for ASGD \(known: Adadelta, .*, SGD\)"):
-        read_preconditioner([optim.ASGD([p])], layout, [p.grad])
-    with pytest.raises(Refusal, match=r"not defined for Rprop: .*; read step/step_ratio"):
-        read_preconditioner([optim.Rprop([p])], layout, [p.grad])
+    with pytest.raises(Refusal, match=r"no preconditioner reader for Unknown \(known: .*, SGD"):
+        read_preconditioner([Unknown()], layout, [p.grad])
     with pytest.raises(Refusal, match="maximizes"):
         read_preconditioner([optim.SGD([p], lr=0.1, maximize=True)], layout, [p.grad])
 
     @reads(Changed)
     def changed(group: Any, state: Any, p: Tensor, grad: Tensor) -> Any:
-        return preconditioners.Scale(0.5)
+        return Scale(0.5)
 
     assert read_preconditioner([Changed([p])], layout, [p.grad]).scale_D.tolist() == [0.5, 0.5]
 
