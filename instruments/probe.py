@@ -81,9 +81,11 @@ class Probe(AbstractContextManager["Probe"]):
         self._saved: Saved | None = None
 
     def __enter__(self) -> "Probe":
-        self._stack.enter_context(torch.autocast(self.layout.device.type, enabled=False))  # linear algebra, too
-        if self._guarded:
-            self._guard()
+        with ExitStack() as stack:  # what was entered is left again if the guard raises
+            stack.enter_context(torch.autocast(self.layout.device.type, enabled=False))  # linear algebra, too
+            if self._guarded:
+                self._guard()
+            self._stack.push(stack.pop_all())
         return self
 
     def _guard(self) -> Saved:

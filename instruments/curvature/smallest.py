@@ -65,5 +65,9 @@ class Negated(Operator):
     def matvec(self, v_D: Tensor) -> Tensor:
         return -self._operator.matvec(v_D)
 
+    def sampled(self) -> Operator | None:
+        inner = self._operator.sampled()
+        return None if inner is None else Negated(inner)
+
     def known(self) -> Sequence[tuple[Tensor, Tensor]]:
         return [(v_D, -image_D) for v_D, image_D in self._operator.known()]

@@ -35,7 +35,7 @@ class Ritz:
 
     value: float
     residual: float
-    products: int
+    products: float
     converged: bool
     vector_D: Tensor
 

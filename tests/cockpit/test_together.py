@@ -95,7 +95,9 @@ def test_nobody_is_left_waiting(said: list[dict[str, Any]]) -> None:
         assert "Smallest" in here["different"]["reason"]
         assert here["broken"]["status"] == "failed"
         assert "1 of 2 processes could not compute its share" in here["broken"]["reason"]
+        assert here["broken first"]["status"] == "failed"
+        assert "KeyError: 'planted'" in here["broken first"]["reason"]
         assert here["mended"]["sharpness"] == here["by name"]["sharpness"]
     assert "KeyError: 'planted'" in said[1]["broken"]["reason"]
     assert "some that did not come" in said[0]["missing"]["reason"]
-    assert (said[0]["logged"], said[1]["logged"]) == (6, 4)
+    assert (said[0]["logged"], said[1]["logged"]) == (7, 5)

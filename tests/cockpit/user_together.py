@@ -39,7 +39,7 @@ def told(reading: Reading) -> dict[str, Any]:
 
 
 class Losses:
-    """Fails on the second process when it is told to."""
+    """Fails when it is told to."""
 
     broken = False
 
@@ -70,6 +70,8 @@ def main(rank: int, store: str) -> None:
     said["different"] = told(cockpit.read(("curvature/sharpness", "curvature/smallest")[rank], mine, ranks=everybody))
     losses.broken = rank == 1
     said["broken"] = told(cockpit.read("curvature/sharpness", mine, ranks=everybody))
+    losses.broken = rank == 0
+    said["broken first"] = told(cockpit.read("curvature/sharpness", mine, ranks=everybody))
     losses.broken = False
     said["mended"] = told(cockpit.read("curvature/sharpness", mine, ranks=everybody))
     together.PATIENCE = timedelta(seconds=1)

@@ -283,32 +283,3 @@ def test_recurrent_layers(kind: Callable[..., nn.Module]) -> None:
         hessian_DD, route, _ = hessian_of(model, (x, batch[1]))
         assert route == "double backward, graph kept"
         assert (hessian_DD - true_DD).norm() < allowed * true_DD.norm()
-
-
-class Bag(nn.Module):
-    def __init__(self, *, sparse: bool) -> None:
-        super().__init__()
-        self.items, self.out = nn.EmbeddingBag(5, 3, sparse=sparse), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.items(x).tanh())
-
-
-def test_sparse_bags() -> None:
-    (sparse, plain), batch = same_weights(Bag(sparse=True), Bag(sparse=False)), (torch.randint(0, 5, (N, 2)), rows()[1])
-    hessian_DD, route, error = hessian_of(sparse, batch)
-    true_DD = dense_hessian(plain, CROSS_ENTROPY, batch)
-    assert "last resort" in route
-    assert error is not None
-    assert (hessian_DD - true_DD).norm() < 1e-6 * true_DD.norm()
-
-
-def test_in_place_activations() -> None:
-    def net(*, inplace: bool) -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(4, 8), nn.ReLU(inplace), nn.Linear(8, 6), nn.ELU(inplace=inplace), nn.Linear(6, 3)
-        )
-
-    (over, plain), batch = same_weights(net(inplace=True), net(inplace=False)), rows()
-    true_DD = dense_hessian(plain, CROSS_ENTROPY, batch)
-    assert (hessian_of(over, batch)[0] - true_DD).norm() < 1e-7 * true_DD.norm()

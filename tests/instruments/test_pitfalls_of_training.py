@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from test_last_resort import Fused
-from test_pitfalls import CROSS_ENTROPY, hessian_of, probe_of, read, rows
+from test_pitfalls import CROSS_ENTROPY, hessian_of, probe_of, read, rows, same_weights
 from torch import Tensor, nn
 from twins import dense_hessian
+from zoo import N
 
 from instruments import Refusal
 from instruments.curvature.sharpness import Sharpness
@@ -82,6 +83,38 @@ def test_directions_that_are_the_gradient_of_no_loss_are_refused(make: Any, seed
         probe.curvatures.hessian(Meter())
 
 
+# Layers.
+
+
+class Bag(nn.Module):
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.items, self.out = nn.EmbeddingBag(5, 3, sparse=sparse), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.items(x).tanh())
+
+
+def test_sparse_bags() -> None:
+    (sparse, plain), batch = same_weights(Bag(sparse=True), Bag(sparse=False)), (torch.randint(0, 5, (N, 2)), rows()[1])
+    hessian_DD, route, error = hessian_of(sparse, batch)
+    true_DD = dense_hessian(plain, CROSS_ENTROPY, batch)
+    assert "last resort" in route
+    assert error is not None
+    assert (hessian_DD - true_DD).norm() < 1e-6 * true_DD.norm()
+
+
+def test_in_place_activations() -> None:
+    def net(*, inplace: bool) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(4, 8), nn.ReLU(inplace), nn.Linear(8, 6), nn.ELU(inplace=inplace), nn.Linear(6, 3)
+        )
+
+    (over, plain), batch = same_weights(net(inplace=True), net(inplace=False)), rows()
+    true_DD = dense_hessian(plain, CROSS_ENTROPY, batch)
+    assert (hessian_of(over, batch)[0] - true_DD).norm() < 1e-7 * true_DD.norm()
+
+
 # Masks.
 
 
@@ -149,6 +182,17 @@ def test_autocast_around_a_reading_changes_no_bit() -> None:
         inside, _, provenance = read(Sharpness(), model, batch)
     assert {k: v for k, v in inside.items() if v == v} == {k: v for k, v in plain.items() if v == v}
     assert provenance["route"] == "double backward, graph kept"
+
+
+def test_autocast_comes_back_when_a_reading_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: nn.Module) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("instruments.probe.untouched", broken)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError, match="planted"), probe_of(net(), rows()):
+            pass
+        assert torch.is_autocast_enabled("cpu")
 
 
 # Steps.

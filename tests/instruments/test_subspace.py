@@ -1,40 +1,53 @@
 """What the products of others are worth: the Ritz pair of their span, and readings that cost nothing more."""
 
+import math
+
 import pytest
 import torch
 from cases import BY_NAME, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from instruments import Probe, View
 from instruments.curvature.preconditioned_sharpness import PreconditionedSharpness
 from instruments.curvature.sharpness import Sharpness
 from instruments.held import HeldBatches
-from instruments.linalg.subspace import top_ritz_pair
+from instruments.linalg.subspace import Subspace
 from instruments.objective import as_objective
 from instruments.operators.operator import DenseOperator
 from instruments.operators.preconditioned import PreconditionedOperator
 
 
+def dense(a: Tensor) -> tuple[DenseOperator, Subspace]:
+    operator = DenseOperator(a)
+    return operator, Subspace(operator)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 8), st.integers(2, 6))
 def test_the_pair_is_that_of_the_projected_matrix(seed: int, size: int, count: int) -> None:
+    """Every other product is given, as by another reading."""
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(size, size, generator=g, dtype=torch.float64)
     a = a + a.T
     v_kD = torch.randn(min(count, size), size, generator=g, dtype=torch.float64)
-    pair = top_ritz_pair([(v, a @ v) for v in (*v_kD, v_kD[0] + v_kD[1])])  # the last one is dependent
-    assert pair is not None
-    q_Dk, _ = torch.linalg.qr(v_kD.T)
-    assert pair.value == pytest.approx(float(torch.linalg.eigvalsh(q_Dk.T @ a @ q_Dk)[-1]), abs=1e-8)
-    assert pair.residual == pytest.approx(float((a @ pair.vector_D - pair.value * pair.vector_D).norm()), abs=1e-8)
+    _, space = dense(a)
+    added = [space.add(v, a @ v if i % 2 else None) for i, v in enumerate((*v_kD, v_kD[0] + v_kD[1]))]
+    assert added == [True] * len(v_kD) + [False]
+    assert space.products == (len(v_kD) + 1) // 2
+    pair, (q_Dk, _) = space.top(), torch.linalg.qr(v_kD.T)
+    values_k = torch.linalg.eigvalsh(q_Dk.T @ a @ q_Dk)
+    assert (pair.value, pair.second) == pytest.approx(tuple(values_k[[-1, -2]].tolist()), abs=1e-8)
+    residual_D = a @ pair.vector_D - pair.value * pair.vector_D
+    assert torch.allclose(pair.residual_D, residual_D, atol=1e-8)
+    assert pair.residual == pytest.approx(float(residual_D.norm()), abs=1e-8)
 
 
-def test_nothing_from_one_vector_or_from_nan() -> None:
-    v = torch.ones(3)
-    assert top_ritz_pair([]) is None
-    assert top_ritz_pair([(v, v)]) is None
-    assert top_ritz_pair([(v, v), (torch.tensor([1.0, 0, 0]), torch.full((3,), float("nan")))]) is None
+def test_a_product_that_is_not_finite_leaves_no_pair() -> None:
+    _, space = dense(torch.full((3, 3), torch.nan))
+    assert space.add(torch.ones(3))
+    assert math.isnan(space.top().value)
 
 
 def test_products_of_the_hessian_are_products_of_the_preconditioned_one() -> None:

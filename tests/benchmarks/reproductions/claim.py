@@ -43,8 +43,8 @@ class Check:
     @property
     def measured(self) -> str:
         """Every seed's value, and the mean or median where that is judged."""
-        shown = " ".join(f"{value:.3g}" for value in self.values)
-        return shown if self.of == "each" or len(self.values) == 1 else f"{shown} ({self.of} {self.judged[0]:.3g})"
+        shown = " ".join(f"{value:.4g}" for value in self.values)
+        return shown if self.of == "each" or len(self.values) == 1 else f"{shown} ({self.of} {self.judged[0]:.4g})"
 
     @property
     def tolerance(self) -> str:
@@ -67,7 +67,7 @@ def spelt(value: float) -> float | str:
 
 def near(expected: float, tolerance: float) -> Mapping[str, Any]:
     """The arguments of a Check for expected ± tolerance."""
-    return {"expected": f"{expected:g}", "low": expected - tolerance, "high": expected + tolerance}
+    return {"expected": f"{expected:.4g}", "low": expected - tolerance, "high": expected + tolerance}
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def rho_on_parabola(lr: float, settings: dict[str, Any]) -> float:
     model, batch = nn.Linear(1, 1, bias=False).double(), torch.ones(1, 1, dtype=torch.float64)
     optimizer = optim.SGD(model.parameters(), lr=lr, **settings)
     with Cockpit(model, optimizer, loss=parabola, panel=None, sinks=[], strict=True) as cockpit:
-        parabola(model, batch).mean().backward()
+        torch.autograd.backward([parabola(model, batch).mean()])
         return number(cockpit.read(PreconditionedSharpness(tol=1e-6), batch), "rho")
 
 

@@ -1,7 +1,7 @@
 """The small problems of the reproductions, and a training loop that is watched by a cockpit.
 
-What the sources leave open is chosen here once: inputs are standard normal, the teacher is linear, and weights start
-with the textbook's variance (network), not with torch's smaller one, from which sharpness has further to rise.
+Inputs are standard normal, the teacher is linear, and weights start with the variance of `network`. The sources leave
+that open; with torch's smaller weights R02 and R03 miss. docs/reproductions.md has what was tried.
 
 Shapes: N = examples, C = classes.
 """
