@@ -1,12 +1,11 @@
 """The matrices of a step, made when asked for: Hessian, Gauss-Newton and Fisher of the loss on the held batches."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from torch import Tensor
 
 from instruments.objective import Batch, addends
 from instruments.operators.fisher import FisherOperator, empirical_fisher, monte_carlo_fisher
@@ -14,7 +13,6 @@ from instruments.operators.gauss_newton import Evaluation, GaussNewtonOperator
 from instruments.operators.hessian import Context, Piece
 from instruments.operators.ranks import Matrix, Ranks, RankSum
 from instruments.operators.resort import LastResortHessian
-from instruments.operators.sample import SampledHessian, Seen, sampled_hessian
 from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
 from instruments.view import Meter
@@ -22,7 +20,6 @@ from instruments.view import Meter
 if TYPE_CHECKING:
     from instruments.probe import Probe
 
-Sample = Callable[[], SampledHessian | None]
 Way = Literal["kept", "rebuilt", "forward"]
 Curvature = LastResortHessian | GaussNewtonOperator | FisherOperator
 Local = TypeVar("Local", LastResortHessian, GaussNewtonOperator)
@@ -53,9 +50,8 @@ class Curvatures:
 
         def build() -> LastResortHessian:
             held = self._probe.held
-            seen: list[Seen | None] = [None] * len(held.batches)
-            pieces = [self._piece(batch, seen, place) for place, batch in enumerate(held.batches)]
-            return self._hessian(pieces, held.keep_graphs, self._around, meter, lambda: self._sample(seen))
+            pieces = [self._piece(batch) for batch in held.batches]
+            return self._hessian(pieces, held.keep_graphs, self._around, meter)
 
         return self._everywhere("hessian", self._once("hessian", build, meter, 1.0), meter)
 
@@ -78,23 +74,12 @@ class Curvatures:
         meter.provenance["route"] = operator.route
         return operator
 
-    def _sample(self, seen: Sequence[Seen | None]) -> SampledHessian | None:
-        """None too where the user's loss or model cannot take a part of a batch."""
-        probe = self._probe
-        about = probe.objective, probe.module, probe.held.batches, seen, probe.layout
-        try:
-            return sampled_hessian(*about, self._around, seed=probe.step)
-        except Exception:
-            return None
-
-    def _hessian(
-        self, pieces: list[Piece], keep: bool, context: Context, meter: Meter, sample: Sample = lambda: None
-    ) -> LastResortHessian:
+    def _hessian(self, pieces: list[Piece], keep: bool, context: Context, meter: Meter) -> LastResortHessian:
         """Whether all of the model can be differentiated twice is looked for once a run, and remembered."""
         found = self._probe.plans.setdefault("second derivatives", {})
         names = self._probe.layout.names
         operator = LastResortHessian(
-            pieces, self._probe.layout, keep_graphs=keep, context=context, reason=found.get(names), sample=sample
+            pieces, self._probe.layout, keep_graphs=keep, context=context, reason=found.get(names)
         )
         found.setdefault(names, operator.reason)
         meter.gradients += operator.looked
@@ -173,17 +158,9 @@ class Curvatures:
     def _around_step(self, forward: bool) -> AbstractContextManager[None]:
         return self._probe.running(held=False, differentiable=True, forward=forward)
 
-    def _piece(self, batch: Batch, seen: list[Seen | None] | None = None, place: int = 0) -> Piece:
-        """`seen[place]` becomes what an evaluation has shown of the examples."""
+    def _piece(self, batch: Batch) -> Piece:
         probe = self._probe
-
-        def evaluate() -> tuple[Tensor, Tensor | float]:
-            parts = probe.objective.parts(probe.module, batch)
-            if seen is not None and parts.sums_N is not None:
-                seen[place] = Seen(parts.sums_N.detach(), parts.denominator)
-            return addends(probe.objective, parts)
-
-        return evaluate
+        return lambda: addends(probe.objective, probe.objective.parts(probe.module, batch))
 
     def _through(self, batch: Batch) -> Evaluation:
         probe = self._probe

@@ -20,7 +20,6 @@ from instruments.line import StepExamples
 from instruments.objective import Batch
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
-from instruments.operators.sample import SampledHessian
 from instruments.parameter_state import ParameterState, parameter_states
 from instruments.preconditioners import Preconditioner, read_preconditioner, sharpness_edge
 from instruments.refusal import Refusal
@@ -55,20 +54,20 @@ class Meter:
     """What one reading used, in gradients (forward + backward) and in Hessian-vector products."""
 
     gradients: float = 0.0
-    products: float = 0
+    products: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
 class _Counted(Operator):
     """An operator whose products are billed to one reading."""
 
-    def __init__(self, operator: Operator, meter: Meter, share: float = 1) -> None:
-        self._operator, self._meter, self._share = operator, meter, share
+    def __init__(self, operator: Operator, meter: Meter) -> None:
+        self._operator, self._meter = operator, meter
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
         self.price, self.route = operator.price, operator.route
 
     def matvec(self, v_D: Tensor) -> Tensor:
-        self._meter.products += self._share
+        self._meter.products += 1
         product_D = self._operator.matvec(v_D)
         self._meter.provenance["route"] = self._operator.route  # which may have changed on the way
         if (error := getattr(self._operator, "error", None)) is not None:
@@ -77,14 +76,6 @@ class _Counted(Operator):
 
     def known(self) -> Sequence[tuple[Tensor, Tensor]]:
         return self._operator.known()
-
-    def sampled(self) -> Operator | None:
-        inner = self._operator.sampled()
-        if not isinstance(inner, SampledHessian):
-            return None
-        self._meter.gradients += inner.due
-        inner.due = 0.0
-        return _Counted(inner, self._meter, inner.share)
 
 
 class View:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from instruments.instrument import Instrument, Output, State, Values
 from instruments.linalg.lanczos import Ritz
-from instruments.linalg.tracking import YOUNG, Track, follow
+from instruments.linalg.tracking import Track, follow
 from instruments.operators.hessian import KEPT_PRODUCT
 from instruments.preconditioners import Preconditioner, headroom
 from instruments.view import Need, View
@@ -98,7 +98,7 @@ class PreconditionedSharpness(Instrument):
             view.meter.provenance["clipped"] = f"no, the norm is within {self.clip:g}"
             return unclipped.value
         view.meter.provenance["clipped"] = f"rho_clipped: by {kept:.4g}, to {self.clip:g}"
-        start = Track(YOUNG, 0.0, unclipped.vector_D)
+        start = Track(1, 0.0, unclipped.vector_D, period=2)
         ritz, _ = follow(
             view.clipped_preconditioned(kept), start, hint_D, tol=self.tol, max_products=self.max_products,
             seed=view.step,

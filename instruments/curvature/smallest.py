@@ -31,6 +31,7 @@ class Smallest(Instrument):
     outputs: ClassVar[Mapping[str, Output]] = {
         "smallest": Output("loss / parameter²", "smallest eigenvalue of the Hessian on the probe batch", edge=0.0),
         "residual": Output("loss / parameter²", "|H y - lambda y| for the unit vector y of the reading"),
+        "bound": Output("loss / parameter²", "the true value lies between the reading and the reading minus this"),
         "converged": Output("1", "1 when the residual met the tolerance, 0 when products ran out"),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian"})
@@ -50,6 +51,7 @@ class Smallest(Instrument):
         return {
             "smallest": -ritz.value,
             "residual": ritz.residual,
+            "bound": ritz.bound(self.tol),
             "converged": float(ritz.converged),
         }, track.state()
 
@@ -64,10 +66,6 @@ class Negated(Operator):
 
     def matvec(self, v_D: Tensor) -> Tensor:
         return -self._operator.matvec(v_D)
-
-    def sampled(self) -> Operator | None:
-        inner = self._operator.sampled()
-        return None if inner is None else Negated(inner)
 
     def known(self) -> Sequence[tuple[Tensor, Tensor]]:
         return [(v_D, -image_D) for v_D, image_D in self._operator.known()]

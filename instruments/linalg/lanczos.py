@@ -30,18 +30,21 @@ class Ritz:
 
     `residual` is |A y - value y| for the unit vector y, in the unit of the operator; the error of `value` is at most
     `residual` if the eigenvalue nearest to it is the largest one, and it is always from below. `converged` says whether
-    the residual met the tolerance within the allowed products. `vector_D` is y.
+    the residual met the tolerance within the allowed products. `vector_D` is y. `missed` is by how much of the value
+    readings like this one were found too low of late.
     """
 
     value: float
     residual: float
-    products: float
+    products: int
     converged: bool
     vector_D: Tensor
+    missed: float = 0.0
 
     def bound(self, tol: float) -> float:
-        """How far above `value` the largest eigenvalue may lie: the residual, or what the tolerance cannot resolve."""
-        return max(self.residual, tol * abs(self.value))
+        """How far above `value` the largest eigenvalue may lie: the residual, what the tolerance cannot resolve, or
+        what was missed before."""
+        return max(self.residual, tol * abs(self.value), self.missed * abs(self.value))
 
 
 def top_eigenvalue(

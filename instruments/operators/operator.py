@@ -28,10 +28,6 @@ class Operator(ABC):
         """Pairs (v, A v) that were computed before and are still held; none unless an operator remembers."""
         return ()
 
-    def sampled(self) -> "Operator | None":
-        """Nearly the same matrix at a fraction of the price, to look for directions; None where there is none."""
-        return None
-
 
 class DenseOperator(Operator):
     """A matrix that is held: the ground truth of small problems."""

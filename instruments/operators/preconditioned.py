@@ -21,7 +21,7 @@ class PreconditionedOperator(Operator):
     """
 
     def __init__(self, hessian: Operator, scale_D: Tensor, decay_D: Tensor, basis: Basis | None = None) -> None:
-        self._hessian, self._scale_D, self._decay_D = hessian, scale_D, decay_D
+        self._hessian, self._decay_D = hessian, decay_D
         self._root_D, self._basis = torch.sqrt(scale_D), basis or Basis()
         self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
         self.price, self.route = hessian.price, hessian.route
@@ -33,11 +33,6 @@ class PreconditionedOperator(Operator):
     def _image(self, w_D: Tensor, hw_D: Tensor) -> Tensor:
         """R' (H + C) w."""
         return self._root_D * self._basis.into(hw_D + self._decay_D * w_D)
-
-    def sampled(self) -> Operator | None:
-        """That of the Hessian, in the same way."""
-        hessian = self._hessian.sampled()
-        return None if hessian is None else PreconditionedOperator(hessian, self._scale_D, self._decay_D, self._basis)
 
     def known(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Those of the Hessian: w = R v has v = R^-1 w, where every coordinate is trained."""

@@ -1,7 +1,6 @@
 """The Hessian by double backward, and by differences of the gradient where that turns out to be impossible."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from instruments.layout import Layout
 from instruments.operators.finite_difference import FiniteDifferenceOperator
 from instruments.operators.hessian import Context, HessianOperator, Piece
 from instruments.operators.operator import Operator, random_unit
-from instruments.operators.sample import SampledHessian
 from instruments.operators.suspects import hooked_beyond_masks
 from instruments.refusal import Refusal
 
@@ -39,18 +37,9 @@ class LastResortHessian(Operator):
     """
 
     def __init__(
-        self,
-        pieces: Sequence[Piece],
-        layout: Layout,
-        *,
-        keep_graphs: bool,
-        context: Context,
-        reason: str | None = None,
-        sample: Callable[[], SampledHessian | None] = lambda: None,
+        self, pieces: Sequence[Piece], layout: Layout, *, keep_graphs: bool, context: Context, reason: str | None = None
     ) -> None:
         self._pieces, self._layout, self._context = pieces, layout, context
-        self._sample = sample
-        self._sampled: SampledHessian | Literal[False] | None = False  # not asked for
         self._operator: HessianOperator | FiniteDifferenceOperator
         self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
         self.error: float | None = None
@@ -107,19 +96,8 @@ class LastResortHessian(Operator):
         """The first products taken, by whoever took them; none once they are differences."""
         return self._known
 
-    def sampled(self) -> SampledHessian | None:
-        """Built when first asked for; None while products are differences."""
-        if not isinstance(self._operator, HessianOperator):
-            return None
-        if self._sampled is False:
-            self._sampled = self._sample()
-        return self._sampled
-
     def release(self) -> None:
         """Free the graphs; the operator cannot be used afterwards."""
-        if self._sampled:
-            self._sampled.release()
-        self._sampled, self._sample = None, lambda: None
         self._operator.release()
         self._known = []
         self._pieces = []

@@ -42,7 +42,15 @@ class Preconditioner:
 
 @torch.no_grad()
 def read_preconditioner(optimizers: Sequence[Any], layout: Layout, grads: Sequence[Tensor | None]) -> Preconditioner:
-    """D and c of the step about to be taken. `grads` are the gradients in the order of the layout, unscaled."""
+    """D and c of the step about to be taken. `grads` are the gradients in the order of the layout, unscaled.
+
+    A parameter without a gradient will not be stepped on: D is 0 there. Raises Refusal where none has one.
+    """
+    if all(g is None for g in grads):
+        raise Refusal(
+            "expected a step about to be taken, but no parameter has a gradient, so the optimizer would move none; "
+            "read between backward() and zero_grad(). Otherwise rho would be 0 whatever the learning rate."
+        )
     index = {id(p): i for i, p in enumerate(layout.params)}
     scales: list[Tensor | None] = [None] * len(layout.params)
     decays: list[Tensor | None] = [None] * len(layout.params)

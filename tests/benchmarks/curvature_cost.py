@@ -1,6 +1,6 @@
 """What one curvature reading costs along a training run, in products and in gradients, and how wrong it is.
 
-    python tests/benchmarks/curvature_cost.py [mlp cnn transformer] [--readings 41] [--json]
+    python tests/benchmarks/curvature_cost.py [mlp cnn transformer resnet] [--optimizers adam sgd] [--json]
 
 One thread. Unit g: median CPU seconds of one gradient of the mean loss on the probe batch, measured at every reading
 beside the methods. Reference: Lanczos from a random start to a residual of 1e-5. Ours are tracked readings (audits
@@ -9,6 +9,7 @@ offers rho. Errors are relative to the reference.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import PROBLEMS, Moment, Problem, trajectory
+from models import PROBLEMS, RESNET, Moment, Problem, trajectory
 from torch import nn
 
 from instruments import Instrument, Probe, View
@@ -31,7 +32,8 @@ from instruments.objective import as_objective
 from instruments.operators.operator import random_unit
 
 LOSS = nn.CrossEntropyLoss()
-Row = tuple[float, float, int]  # cost in g, relative error, products (-1: unknown)
+ALL = {**PROBLEMS, RESNET.name: RESNET}
+Row = tuple[float, float, float]  # cost in g, relative error, products (-1: unknown)
 
 
 def seconds_of(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -47,9 +49,10 @@ def unit(moment: Moment) -> float:
     return statistics.median(times)
 
 
-def probe_of(moment: Moment) -> Probe:
-    held = HeldBatches([moment.probe])
-    return Probe(moment.model, as_objective(LOSS), [moment.optimizer], [moment.batch], step=moment.step, held=held)
+def probe_of(moment: Moment, plans: dict[Any, Any]) -> Probe:
+    """`plans` is what a run remembers of its model: whether it can be differentiated twice is looked at once."""
+    seen = (moment.model, as_objective(LOSS), [moment.optimizer], [moment.batch])
+    return Probe(*seen, step=moment.step, held=HeldBatches([moment.probe]), plans=plans)
 
 
 class Ours:
@@ -57,22 +60,39 @@ class Ours:
 
     def __init__(self, instrument: Instrument, output: str) -> None:
         self.instrument, self.output, self.state = instrument, output, instrument.init()
+        self.plans: dict[Any, Any] = {}
 
-    def __call__(self, moment: Moment) -> tuple[float, int]:
-        with probe_of(moment) as probe:
-            view = View(probe, self.instrument.needs)
-            values, self.state = self.instrument.advance(view, self.state)
+    def __call__(self, moment: Moment) -> tuple[float, float]:
+        with probe_of(moment, self.plans) as probe:
+            return self.read(probe)
+
+    def read(self, probe: Probe) -> tuple[float, float]:
+        view = View(probe, self.instrument.needs)
+        values, self.state = self.instrument.advance(view, self.state)
         return float(values[self.output]), view.meter.products  # type: ignore[arg-type]
 
 
+class Both:
+    """Sharpness and rho at one step, which share graph, sample and products; the larger of their errors counts."""
+
+    def __init__(self) -> None:
+        self.readers = Ours(Sharpness(), "sharpness"), Ours(PreconditionedSharpness(), "rho")
+        self.plans: dict[Any, Any] = {}
+
+    def __call__(self, moment: Moment) -> tuple[list[float], float]:
+        with probe_of(moment, self.plans) as probe:
+            found = [reader.read(probe) for reader in self.readers]
+        return [value for value, _ in found], sum(products for _, products in found)
+
+
 def reference(moment: Moment, preconditioned: bool) -> float:
-    with probe_of(moment) as probe:
+    with probe_of(moment, {}) as probe:
         view = View(probe, frozenset({"hessian", "preconditioner"}))
         operator = view.preconditioned if preconditioned else view.hessian
         return top_eigenvalue(operator, random_unit(operator, 1), tol=1e-5, max_products=300).value
 
 
-def pyhessian(moment: Moment) -> tuple[float, int]:
+def pyhessian(moment: Moment) -> tuple[float, float]:
     from pyhessian import hessian
 
     value = hessian(moment.model, LOSS, data=moment.probe, cuda=False).eigenvalues(top_n=1)[0][0]
@@ -81,7 +101,7 @@ def pyhessian(moment: Moment) -> tuple[float, int]:
     return float(value), -1
 
 
-def curvlinops(moment: Moment) -> tuple[float, int]:
+def curvlinops(moment: Moment) -> tuple[float, float]:
     import scipy.sparse.linalg as sla
     from curvlinops import HessianLinearOperator
 
@@ -103,17 +123,19 @@ def curvlinops(moment: Moment) -> tuple[float, int]:
     return float(sla.eigsh(linear, k=1, which="LA", tol=1e-2, return_eigenvectors=False)[0]), calls
 
 
-def hessian_eigenthings(moment: Moment) -> tuple[float, int]:
+def hessian_eigenthings(moment: Moment) -> tuple[float, float]:
     import hessian_eigenthings as he
 
     operator = he.HessianOperator(moment.model, [moment.probe], he.supervised_loss(LOSS))
     return float(he.lanczos(operator, k=1, which="LA", tol=1e-2, max_iter=20, seed=0).eigenvalues[0]), 20
 
 
-def measure(problem: Problem, readings: int, every: int) -> dict[str, list[Row]]:
+def measure(problem: Problem, optimizer_name: str, readings: int, every: int) -> dict[str, list[Row]]:
     ours = {"sharpness": Ours(Sharpness(), "sharpness"), "rho": Ours(PreconditionedSharpness(), "rho")}
+    both = Both()
     rows: dict[str, list[Row]] = {}
-    for index, moment in enumerate(trajectory(problem, seed=0, readings=readings, every=every)):
+    run = trajectory(problem, seed=0, readings=readings, every=every, optimizer_name=optimizer_name)
+    for index, moment in enumerate(run):
         grads = [p.grad for p in moment.model.parameters()]
         g = unit(moment)
         truth = {"sharpness": reference(moment, False), "rho": reference(moment, True)}
@@ -122,6 +144,10 @@ def measure(problem: Problem, readings: int, every: int) -> dict[str, list[Row]]
             if index:
                 row = (seconds / g, abs(value / truth[name] - 1), products)
                 rows.setdefault(f"ours: {name}", []).append(row)
+        (values, products), seconds = seconds_of(partial(both, moment))
+        if index:
+            error = max(abs(value / true - 1) for value, true in zip(values, truth.values(), strict=True))
+            rows.setdefault("ours: both", []).append((seconds / g, error, products))
         for peer in (pyhessian, curvlinops, hessian_eigenthings):
             try:
                 with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -150,7 +176,8 @@ def summary(rows: Iterable[Row]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("problems", nargs="*", help=f"of {', '.join(PROBLEMS)} (default: all)")
+    parser.add_argument("problems", nargs="*", help=f"of {', '.join(ALL)} (default: all)")
+    parser.add_argument("--optimizers", nargs="+", choices=["adam", "sgd"], default=["adam", "sgd"])
     parser.add_argument("--readings", type=int, default=41)
     parser.add_argument("--every", type=int, default=20, help="steps between readings")
     parser.add_argument("--json", action="store_true")
@@ -158,15 +185,15 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     results = {}
-    for name in arguments.problems or list(PROBLEMS):
-        rows = measure(PROBLEMS[name], arguments.readings, arguments.every)
-        results[name] = {method: summary(row) for method, row in rows.items()}
+    for name, optimizer in itertools.product(arguments.problems or ALL, arguments.optimizers):
+        rows = measure(ALL[name], optimizer, arguments.readings, arguments.every)
+        results[f"{name} {optimizer}"] = found = {method: summary(row) for method, row in rows.items()}
         if arguments.json:
             continue
-        print(f"{name}: {arguments.readings - 1} readings, {arguments.every} steps apart, Adam")
-        for method, s in results[name].items():
+        print(f"{name}, {optimizer}: {arguments.readings - 1} readings, {arguments.every} steps apart")
+        for method, s in found.items():
             print(
-                f"  {method:32} products {s['products_median']:5.1f} (mean {s['products_mean']:5.1f})   cost "
+                f"  {method:32} products {s['products_median']:5.2f} (mean {s['products_mean']:5.1f})   cost "
                 f"{s['cost_g_median']:6.1f} g (max {s['cost_g_max']:6.1f})   error {s['error_median']:.1e} "
                 f"(max {s['error_max']:.1e})",
                 flush=True,

@@ -1,7 +1,7 @@
-"""Three small networks, their data and a training run with Adam: where curvature readings are compared.
+"""Small networks, their data and a training run: where readings are compared.
 
-MLP 64-256-256-10 and a CNN on scikit-learn digits, a two-layer causal transformer on the source of the standard
-library; the probe batch is fixed along the run.
+MLP 64-256-256-10, a CNN and a ResNet with BatchNorm on scikit-learn digits, a two-layer causal transformer on the
+source of the standard library; the probe batch is fixed along the run.
 """
 
 import os
@@ -27,6 +27,30 @@ def cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm beside an identity, or a convolution where the shape changes."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.beside: nn.Module = nn.Identity()
+        if stride > 1:
+            self.beside = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.beside(x))
+
+
+def resnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), Residual(16, 16, 1),
+        Residual(16, 32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
     )  # fmt: skip
 
 
@@ -76,20 +100,22 @@ def source_text() -> Draw:
 
 @dataclass(frozen=True)
 class Problem:
-    """`probe` and `batch` in examples."""
+    """`probe` and `batch` in examples, `sgd` is a learning rate."""
 
     name: str
     model: Callable[[], nn.Module]
     data: Callable[[], Draw]
     probe: int
     batch: int
+    sgd: float
 
 
 PROBLEMS = {
-    "mlp": Problem("mlp", mlp, digits, 512, 128),
-    "cnn": Problem("cnn", cnn, digits, 512, 128),
-    "transformer": Problem("transformer", Transformer, source_text, 32, 16),
+    "mlp": Problem("mlp", mlp, digits, 512, 128, 0.1),
+    "cnn": Problem("cnn", cnn, digits, 512, 128, 0.05),
+    "transformer": Problem("transformer", Transformer, source_text, 32, 16, 0.1),
 }
+RESNET = Problem("resnet", resnet, digits, 512, 128, 0.05)
 
 
 @dataclass(frozen=True)
@@ -103,12 +129,16 @@ class Moment:
     probe: Batch
 
 
-def trajectory(problem: Problem, *, seed: int, readings: int, every: int) -> Iterator[Moment]:
-    """Train with Adam at its default rate and stop by before every `every`-th step."""
+def trajectory(
+    problem: Problem, *, seed: int, readings: int, every: int, optimizer_name: str = "adam"
+) -> Iterator[Moment]:
+    """Train with Adam at its default rate, or with plain SGD, and stop by before every `every`-th step."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model, draw, loss_fn = problem.model(), problem.data(), nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=problem.sgd)
+    if optimizer_name == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     probe = draw(problem.probe, generator)
     for step in range((readings - 1) * every + 1):
         x, y = draw(problem.batch, generator)

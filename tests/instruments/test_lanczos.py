@@ -1,6 +1,7 @@
 """The top eigenvalue against dense decompositions, and the ways in which power iteration goes wrong."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instruments.linalg.lanczos import DOUBTED_PRODUCTS, top_eigenvalue
-from instruments.linalg.tracking import AUDIT_EVERY, Track, follow
+from instruments.linalg.subspace import RitzPair
+from instruments.linalg.tracking import AUDIT_EVERY, Track, _settled, follow
 from instruments.operators.operator import DenseOperator, random_unit
 
 NO_HINT = torch.zeros(62, dtype=torch.float64)
@@ -142,6 +144,63 @@ def test_an_overtaken_vector_is_found_by_the_audit() -> None:
         values.append(ritz.value)
         assert track.readings == AUDIT_EVERY + i
     assert values[1] == pytest.approx(2.0, rel=0.01)
+
+
+def spectrum(top: float, second: float) -> DenseOperator:
+    return matrix([top, second, *torch.linspace(0, 0.4, 60).tolist()])
+
+
+def products_of(readings: int, track: Track, operators: Callable[[int], DenseOperator]) -> list[tuple[int, Track]]:
+    rows = []
+    for i in range(readings):
+        ritz, track = follow(operators(i), track, NO_HINT, tol=0.05, max_products=40, seed=i)
+        rows.append((ritz.products, track))
+    return rows
+
+
+def test_audits_of_a_calm_run_become_rare() -> None:
+    rows = products_of(24, Track(), lambda i: spectrum(2.0, 1.0))
+    audited = [i for i, (products, track) in enumerate(rows) if i and track.since == 0]
+    assert audited == [1, 3, 7, 15, 23]
+    assert all((products > 2) == (i in audited or i == 0) for i, (products, _) in enumerate(rows))
+
+
+def test_an_audit_that_finds_something_is_followed_by_another_and_widens_the_bound() -> None:
+    """The vector sits on the second eigenvector when an audit comes; a larger eigenvalue is half missing there."""
+    operator = spectrum(2.0, 1.0)
+    _, vectors = torch.linalg.eigh(operator._matrix_DD)
+    sitting = Track(9, 1.0, vectors[:, -2].clone(), period=8, since=7)
+    first, track = follow(operator, sitting, NO_HINT * 0, tol=0.05, max_products=40, seed=0)
+    assert first.value == pytest.approx(2.0, rel=0.01)
+    assert (track.period, track.since, track.missed) == (1, 0, pytest.approx(0.5, abs=0.02))
+    assert first.bound(0.05) == pytest.approx(1.0, rel=0.05)
+    rows = products_of(3, track, lambda i: operator)
+    assert [t.missed for _, t in rows] == pytest.approx([0.25, 0.25, 0.125], abs=0.02)
+    assert [t.period for _, t in rows] == [2, 2, 4]
+
+
+def test_a_vector_that_turns_is_audited_at_once() -> None:
+    """The top eigenvector becomes another one between two readings; the start contains a speck of it."""
+    calm = spectrum(2.0, 0.4)
+    _, vectors = torch.linalg.eigh(calm._matrix_DD)
+    other = DenseOperator(calm._matrix_DD + 4 * torch.outer(vectors[:, 3], vectors[:, 3]))
+    track = Track(9, 2.0, vectors[:, -1].clone(), period=8, since=2)
+    ritz, after = follow(other, track, vectors[:, 3] + 0.0, tol=0.05, max_products=40, seed=0)
+    assert ritz.value == pytest.approx(float(torch.linalg.eigvalsh(other._matrix_DD)[-1]), rel=0.01)
+    assert after.since == 0
+    _, still = follow(calm, track, NO_HINT, tol=0.05, max_products=40, seed=0)
+    assert still.since == 3
+
+
+@pytest.mark.parametrize(
+    ("residual", "second", "settled"),
+    [(0.049, 0.8, True), (0.051, 0.8, False), (0.1, 0.1, True), (0.03, 0.99, False), (0.02, 0.99, True)],
+)
+def test_a_reading_stops_by_its_residual_and_the_gap(residual: float, second: float, settled: bool) -> None:
+    """The tolerance of 0.05 is that of the residual where the gap is a fifth; gaps below a twentieth count as that."""
+    v = torch.ones(3)
+    assert _settled(RitzPair(1.0, v, v, residual, second), 0.05) == settled
+    assert _settled(RitzPair(1e-6, v, v, 1e-6 * residual, 1e-6 * second), 0.05) == settled
 
 
 def test_memory_of_another_size_or_of_a_broken_model_starts_cold() -> None:

@@ -265,3 +265,10 @@ def test_unknown_optimizers_are_refused_and_can_be_registered(monkeypatch: pytes
 def test_headroom() -> None:
     assert headroom(0.5) == 2
     assert headroom(0.0) == headroom(-1.0) == float("inf")
+
+
+def test_without_any_gradient_there_is_no_step_to_read() -> None:
+    model = nn.Linear(2, 1)
+    layout = Layout.of(model)
+    with pytest.raises(Refusal, match=r"read between backward\(\) and zero_grad\(\)"):
+        read_preconditioner([torch.optim.Adam(model.parameters())], layout, [None, None])
