@@ -15,12 +15,12 @@ from cockpit_bench.step_watch import StepWatch
 from instruments.gradient_match import compare_gradient
 from instruments.held import HeldBatches, is_empty
 from instruments.loss_scale import loss_scale, skipped_inside
+from instruments.needs import AFTER_STEP, CURVATURES, RUNS_MODEL, Need
 from instruments.objective import Batch, Objective
 from instruments.probe import Probe
 from instruments.probe_settings import ProbeSettings
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
-from instruments.view import AFTER_STEP, CURVATURES, RUNS_MODEL, Need
 
 
 class Observer:

@@ -10,11 +10,12 @@ from cockpit_bench.readout import Readout
 from cockpit_bench.runlog import Reading
 from instruments import catalogue
 from instruments.instrument import Instrument
+from instruments.meter import Meter
+from instruments.needs import RUNS_MODEL
 from instruments.objective import Batch
 from instruments.operators.ranks import DONE, SUMMED, Ranks, follow
 from instruments.probe import Probe
 from instruments.refusal import Refusal
-from instruments.view import RUNS_MODEL, Meter
 
 
 def read_now(

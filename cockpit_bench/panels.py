@@ -3,8 +3,9 @@
     light      what costs next to nothing: loss, learning rate and gradient norm at every step, the relative size of the
                step and the weights every ten
     standard   light, the gradient distribution about 200 times a run and curvature about 40 times
-    full       everything in the catalogue: single examples about 200 times, layers and data 50 times, the dearest
-               (spectra, blocks) a few times; what does not apply to the model says so once and is retired
+    full       everything in the catalogue but what is experimental: single examples about 200 times, layers and data 50
+               times, the dearest (spectra, blocks) a few times; what does not apply to the model says so once and is
+               retired
 
 Cadences are in readings a run, so that a panel costs the same share of a short and of a long run; where the length of
 the run is not known they fall back to a fixed period.
@@ -51,8 +52,9 @@ STEP_AND_STATE = (
     "optimizer/second_moment_age", "batch/input_moments", "batch/label_counts",
 )  # fmt: skip
 LAYERS_AND_DATA = (
-    "gradient/histogram", "gradient/histogram_2d", "network/activation_scale", "network/attention_logits",
-    "network/dead_units", "network/effective_rank", "network/normalisation_statistics", "network/output_scale",
+    "gradient/histogram", "gradient/histogram_2d", "gradient/example_histogram", "network/activation_scale",
+    "network/attention_logits", "network/dead_units", "network/effective_rank", "network/normalisation_statistics",
+    "network/output_scale",
 )  # fmt: skip
 PANELS: Mapping[str, Mapping[str, int | Readings]] = {
     "light": LIGHT,

@@ -21,9 +21,10 @@ from cockpit_bench.tables import duration, html_table, share, text_table
 from instruments.guard import untouched
 from instruments.held import HeldBatches, is_empty
 from instruments.layout import Layout
+from instruments.needs import AFTER_STEP
 from instruments.objective import Batch, examples_of
 from instruments.probe import Probe
-from instruments.view import AFTER_STEP, View
+from instruments.view import View
 
 Measured = Literal["measured", "declared", "failed"]
 HEAD = ("instrument", "one reading", "in steps", "products", "gradients", "declared", "of steps", "of training")

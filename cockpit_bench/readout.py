@@ -17,9 +17,10 @@ from cockpit_bench.clock import Clock
 from cockpit_bench.panels import Slot
 from cockpit_bench.runlog import Event, Reading, Record
 from instruments.instrument import Estimate, Instrument, Scalar, State, Values
+from instruments.needs import CURVATURES
 from instruments.probe import Probe
 from instruments.refusal import Refusal
-from instruments.view import CURVATURES, View
+from instruments.view import View
 
 FAILURES_TO_RETIRE = 3
 WARM = 0.3  # of the seconds of a first reading, which is cold and checks what is checked once a run

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
+from instruments.meter import Meter
 from instruments.objective import Batch, addends
 from instruments.operators.fisher import FisherOperator, empirical_fisher, monte_carlo_fisher
 from instruments.operators.gauss_newton import Evaluation, GaussNewtonOperator
@@ -15,7 +16,6 @@ from instruments.operators.ranks import Matrix, Ranks, RankSum
 from instruments.operators.resort import LastResortHessian
 from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
-from instruments.view import Meter
 
 if TYPE_CHECKING:
     from instruments.probe import Probe

@@ -20,6 +20,7 @@ from instruments.guard import Saved, untouched
 from instruments.held import HeldBatches
 from instruments.layout import remembered_layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
+from instruments.meter import Meter
 from instruments.objective import Batch, Objective, Parts, examples_of, losses_by_example, pooled_loss
 from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.probe_settings import ProbeSettings
@@ -30,7 +31,6 @@ from instruments.samples.kept import KeptFactors
 from instruments.samples.moments import SampleMoments, sample_moments
 from instruments.samples.problem import SampleProblem, Want
 from instruments.step_effect import StepEffect, step_effect
-from instruments.view import Meter
 
 
 class Probe(AbstractContextManager["Probe"]):

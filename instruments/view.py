@@ -6,8 +6,7 @@ Shapes: D = trainable scalars.
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, optim
 
@@ -17,6 +16,9 @@ from instruments.diagonals.draws import Draws
 from instruments.example_gradients import Look, Seen, of_probe
 from instruments.layout import Layout, norms_of, norms_of_difference
 from instruments.line import StepExamples
+from instruments.meter import Counted, Meter
+from instruments.needs import RUNS_MODEL, SAMPLES
+from instruments.needs import Need as Need
 from instruments.objective import Batch
 from instruments.operators.operator import Operator
 from instruments.operators.preconditioned import PreconditionedOperator
@@ -31,51 +33,6 @@ from instruments.step_effect import StepEffect
 if TYPE_CHECKING:
     from instruments.diagonals.of_probe import Diagonals
     from instruments.probe import Probe
-
-Need = Literal[
-    "batch", "loss", "example_losses", "gradient", "samples", "second_moment", "inner_products", "gram", "hessian",
-    "step_hessian", "gauss_newton", "fisher", "drawn_fisher", "drawn_diagonal", "backpack_diagonal", "preconditioner",
-    "parameters", "groups", "states", "activations", "forward", "change", "update", "line", "step_examples",
-    "example_gradients",
-]  # fmt: skip
-SAMPLES: frozenset[Need] = frozenset({"samples", "second_moment", "inner_products", "gram"})
-CURVATURES: frozenset[Need] = frozenset(
-    {"hessian", "gauss_newton", "fisher", "drawn_fisher", "drawn_diagonal", "backpack_diagonal"}
-)  # on held batches
-AFTER_STEP: frozenset[Need] = frozenset({"change", "update", "line", "step_examples"})
-RUNS_STEP: frozenset[Need] = frozenset(
-    {"step_hessian", "example_losses", "example_gradients", "activations", "forward", "update", "line", "step_examples"}
-)  # on the step's batches
-RUNS_MODEL = SAMPLES | CURVATURES | RUNS_STEP
-
-
-@dataclass
-class Meter:
-    """What one reading used, in gradients (forward + backward) and in Hessian-vector products."""
-
-    gradients: float = 0.0
-    products: int = 0
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-class _Counted(Operator):
-    """An operator whose products are billed to one reading."""
-
-    def __init__(self, operator: Operator, meter: Meter) -> None:
-        self._operator, self._meter = operator, meter
-        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
-        self.price, self.route = operator.price, operator.route
-
-    def matvec(self, v_D: Tensor) -> Tensor:
-        self._meter.products += 1
-        product_D = self._operator.matvec(v_D)
-        self._meter.provenance["route"] = self._operator.route  # which may have changed on the way
-        if (error := getattr(self._operator, "error", None)) is not None:
-            self._meter.provenance["product_error"] = error
-        return product_D
-
-    def known(self) -> Sequence[tuple[Tensor, Tensor]]:
-        return self._operator.known()
 
 
 class View:
@@ -200,13 +157,13 @@ class View:
     def hessian(self) -> Operator:
         """Hessian of the training loss on the held batches."""
         self._declared("hessian")
-        return _Counted(self._probe.curvatures.hessian(self.meter), self.meter)
+        return Counted(self._probe.curvatures.hessian(self.meter), self.meter)
 
     @property
     def step_hessian(self) -> Operator:
         """Hessian of the training loss on the step's own batches, under its own masks."""
         self._declared("step_hessian")
-        return _Counted(self._probe.curvatures.step_hessian(self.meter), self.meter)
+        return Counted(self._probe.curvatures.step_hessian(self.meter), self.meter)
 
     @property
     def step_gradient_D(self) -> Tensor:
@@ -218,19 +175,19 @@ class View:
     def gauss_newton(self) -> Operator:
         """Gauss-Newton matrix of the training loss on the held batches: positive semidefinite for convex losses."""
         self._declared("gauss_newton")
-        return _Counted(self._probe.curvatures.gauss_newton(self.meter), self.meter)
+        return Counted(self._probe.curvatures.gauss_newton(self.meter), self.meter)
 
     @property
     def fisher(self) -> Operator:
         """Empirical Fisher on the held batches: mean of g_i g_i', uncentred."""
         self._declared("fisher")
-        return _Counted(self._probe.curvatures.fisher(self.meter), self.meter)
+        return Counted(self._probe.curvatures.fisher(self.meter), self.meter)
 
     @property
     def drawn_fisher(self) -> Operator:
         """Fisher on the held batches with targets drawn from the model's own predictions, anew at every step."""
         self._declared("drawn_fisher")
-        return _Counted(self._probe.curvatures.fisher(self.meter, seed=self._probe.step), self.meter)
+        return Counted(self._probe.curvatures.fisher(self.meter, seed=self._probe.step), self.meter)
 
     def drawn_diagonal(self, draws: int) -> Draws:
         """Diagonal of the Fisher on the held batches, with targets drawn from the model's own predictions `draws`
@@ -293,7 +250,7 @@ class View:
 
     def _preconditioned(self, p: Preconditioner, factor: float) -> Operator:
         self._declared("hessian")
-        hessian = _Counted(self._probe.curvatures.hessian(self.meter), self.meter)
+        hessian = Counted(self._probe.curvatures.hessian(self.meter), self.meter)
         return PreconditionedOperator(hessian, p.scale_D * (factor / 2), p.decay_D / factor, p.basis)
 
     @property

@@ -10,7 +10,7 @@ from cockpit_bench.testing.runs import SAVED_AT, STEPS, Named, Watched, plain_ru
 from cockpit_bench.testing.traces import differences
 from cockpit_bench.testing.training import Case
 from instruments.instrument import Instrument
-from instruments.view import CURVATURES, RUNS_MODEL, SAMPLES
+from instruments.needs import CURVATURES, RUNS_MODEL, SAMPLES
 
 PRICED_ON = 3  # cases
 CURVATURE_READINGS = 20  # that a price is the mean of: products are saved by what earlier readings found

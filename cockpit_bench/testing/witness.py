@@ -9,9 +9,10 @@ import torch
 from cockpit_bench.testing.traces import bits, differences, state_of
 from cockpit_bench.testing.values import value_faults
 from instruments.instrument import Instrument, State, Values
+from instruments.needs import RUNS_MODEL, Need
 from instruments.operators.operator import Operator
 from instruments.refusal import Refusal
-from instruments.view import RUNS_MODEL, Need, View
+from instruments.view import View
 
 OPERATORS = frozenset(
     name for name, value in vars(View).items()

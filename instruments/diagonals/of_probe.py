@@ -10,9 +10,9 @@ import torch
 from instruments.diagonals.backpack import Extension, backpack_diagonal
 from instruments.diagonals.drawn import FORWARD, SQUARES, can_draw, drawn_diagonal
 from instruments.diagonals.draws import Draws
+from instruments.meter import Meter
 from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
-from instruments.view import Meter
 
 if TYPE_CHECKING:
     from instruments.probe import Probe

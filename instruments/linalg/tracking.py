@@ -8,10 +8,10 @@ contain: the residual is small, the answer is an eigenvalue, and it is not the l
 - the start contains the gradient, which is rich in directions of high curvature, and a little of a random vector;
 - a value that fell by more than `DROP` since the last reading is doubted: the iteration goes on for more products or a
   smaller residual before it is believed;
-- audits: a second iteration from a fresh start, and the larger of the two answers counts (both are lower bounds, so the
-  larger is the better). They come after 1, 2, 4, ... and at most `AUDIT_EVERY` readings, at once where the vector has
-  turned away from the last one, and at the next reading again after one that found more than `FOUND` missing, which also
-  widens the bound of the readings that follow. Calm runs are audited rarely, restless ones nearly always.
+- audits: a second iteration from a fresh start, and the larger of the two answers counts (both are lower bounds, so
+  the larger is the better). They come after 1, 2, 4, ... and at most `AUDIT_EVERY` readings, at once where the vector
+  has turned away from the last one, and at the next reading again after one that found more than `FOUND` missing, which
+  also widens the bound of the readings that follow. Calm runs are audited rarely, restless ones nearly always.
 
 Products that another instrument has taken of the same matrix at this step are used first: under SGD, where rho is the
 sharpness times a number, it then costs none.

@@ -10,7 +10,7 @@ from torch import nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from instruments import catalogue
-from instruments.view import SAMPLES
+from instruments.needs import SAMPLES
 
 MOMENTS = (
     optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop,

@@ -16,7 +16,7 @@ from cockpit_bench.prices import Price, Prices
 from cockpit_bench.readout import Readout
 from cockpit_bench.testing.traces import bits, differences, objects_of, state_of
 from instruments import catalogue
-from instruments.view import AFTER_STEP
+from instruments.needs import AFTER_STEP
 
 PLAIN = CASES[0]
 STANDARD = dict.fromkeys(PANELS["standard"], 1)

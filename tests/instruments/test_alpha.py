@@ -29,7 +29,7 @@ def read(
     probe = Probe(model, as_objective(loss), [], [batch], expected=first | Alpha.needs)
     if first:
         with probe:
-            View(probe, first).moments
+            assert View(probe, first).moments.engine == "fused"
     probe.remember()
     with torch.no_grad():
         move()

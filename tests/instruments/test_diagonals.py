@@ -18,9 +18,9 @@ from instruments.curvature.tic import Tic
 from instruments.curvature.trace import CurvatureTrace
 from instruments.diagonals.backpack import Extension
 from instruments.diagonals.draws import Draws
+from instruments.meter import Meter
 from instruments.objective import as_objective
 from instruments.probe_settings import ProbeSettings
-from instruments.view import Meter
 
 DRAWS = 60
 CHAINS = {

@@ -15,9 +15,9 @@ from twins import dense_hessian, example_gradients
 from zoo import Checkpointed, CustomFunction, N
 
 from instruments import Probe, ProbeSettings, Refusal
+from instruments.meter import Meter
 from instruments.objective import as_objective
 from instruments.operators.operator import Operator
-from instruments.view import Meter
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 

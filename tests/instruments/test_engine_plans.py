@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from twins import example_gradients
 
 from instruments import Probe, Refusal
+from instruments.meter import Meter
 from instruments.objective import as_objective
 from instruments.samples.moments import SampleMoments
-from instruments.view import Meter
 
 N = 6
 CROSS_ENTROPY = nn.CrossEntropyLoss()

@@ -9,8 +9,8 @@ from torch import nn
 
 from instruments import Probe, Refusal, View
 from instruments.batch.example_loss import ExampleLoss
+from instruments.meter import Meter
 from instruments.objective import as_objective
-from instruments.view import Meter
 
 DEFINED = [case for case in CASES if case.examples and not case.random]
 

@@ -13,11 +13,11 @@ from twins import example_gradients
 from zoo import ZOO, N, Odd, Recurrent
 
 from instruments import Probe, ProbeSettings
+from instruments.meter import Meter
 from instruments.objective import as_objective
 from instruments.samples import fused_engine, rules
 from instruments.samples.axes import ExampleAxis, find_axes, profile
 from instruments.samples.factors import Direct
-from instruments.view import Meter
 
 
 def built(odd: Odd, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tuple[Tensor, Tensor]]:

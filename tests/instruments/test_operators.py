@@ -13,11 +13,11 @@ from twins import dense_hessian, flat_loss
 from instruments import Probe
 from instruments.held import HeldBatches
 from instruments.layout import Layout
+from instruments.meter import Meter
 from instruments.objective import as_objective
 from instruments.operators.hessian import HessianOperator
 from instruments.operators.operator import DenseOperator, Operator
 from instruments.operators.preconditioned import PreconditionedOperator
-from instruments.view import Meter
 
 SMOOTH = [case for case in CASES if not case.random and case.name not in ("in_place_relu",)]
 

@@ -54,8 +54,8 @@ from instruments.curvature.sharpness import Sharpness
 from instruments.curvature.smallest import Smallest
 from instruments.held import HeldBatches
 from instruments.instrument import Instrument
+from instruments.meter import Meter
 from instruments.objective import as_objective
-from instruments.view import Meter
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 MATRICES = ["hessian", "gauss_newton", "fisher"]

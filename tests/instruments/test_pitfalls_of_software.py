@@ -13,7 +13,7 @@ from twins import dense_hessian
 
 from instruments import Refusal, View
 from instruments.curvature.sharpness import Sharpness
-from instruments.view import Meter
+from instruments.meter import Meter
 
 
 @pytest.fixture(autouse=True)

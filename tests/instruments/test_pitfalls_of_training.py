@@ -13,7 +13,7 @@ from zoo import N
 
 from instruments import Refusal
 from instruments.curvature.sharpness import Sharpness
-from instruments.view import Meter
+from instruments.meter import Meter
 
 
 @pytest.fixture(autouse=True)

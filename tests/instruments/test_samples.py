@@ -10,10 +10,10 @@ from torch import nn
 from twins import example_gradients
 
 from instruments import Probe, ProbeSettings, Refusal
+from instruments.meter import Meter
 from instruments.objective import as_objective
 from instruments.samples.moments import SampleMoments
 from instruments.samples.problem import Want
-from instruments.view import Meter
 
 DEFINED = [case for case in CASES if case.examples and not case.random]
 BACKPACK = {
