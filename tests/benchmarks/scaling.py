@@ -1,29 +1,33 @@
 """What a tracked curvature reading costs from ten thousand to a hundred million parameters, in time and in memory.
 
-    python tests/benchmarks/scaling.py [--most 1e7] [--readings 4] [--every 10] [--batch 32] [--json]
+    python tests/benchmarks/scaling.py [--most 1e7] [--readings 16] [--every 10] [--batch 32] [--seconds 60] [--json]
 
 Networks 64-w-w-w-10 on scikit-learn digits under Adam; w makes the size. One batch is both trained and read on: 512
-examples up to a million parameters, fewer beyond unless --batch says how many. Warm readings go on from the last one,
-`every` steps before; cold ones start at the same steps from no memory. What is done once a run is in neither: the
-readings at the first moment are not counted.
+examples up to a million parameters, fewer beyond unless --batch says how many.
+
+Three kinds of reading: `cold`, from no memory; `warm`, which goes on from the last one, `every` steps before;
+`audited`, a warm one that was checked by a second iteration from a fresh start (early and restless training is audited
+often). Cold and warm are read at the same steps. The first readings of a run, which also look at the model once, give
+the memory and are not counted. A size gets `readings` moments, or as many as begin within `seconds`.
 
 Unit g: one gradient of the mean loss on that batch, measured beside the readings; CPU seconds of one thread, or, where
 torch has CUDA, seconds on the GPU. `counted` is what the meter says, in g: gradients and products at their price. The
-difference to `cost` is work on vectors of the size of the model, and a fixed time a reading, which small models feel.
-`peak` is the most that was allocated at a time beyond what stood before, as a multiple of the parameters' bytes; the
-parameters, their gradients and Adam's state are four more. A size that would not fit in memory ends the run.
+difference to `cost` is work on vectors of the size of the model, which large models with few examples feel, and a fixed
+time a reading, which small ones do. `peak` is the most that was allocated at a time beyond what stood before, over the
+bytes of the parameters; parameters, gradients and Adam's state are four more. A size that would not fit ends the run.
 """
 
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gradient_cost import peak_bytes
 from models import Batch, digits
@@ -42,9 +46,9 @@ LOSS = nn.CrossEntropyLoss()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = (1e4, 1e5, 1e6, 1e7, 1e8)
 READ: dict[str, Instrument] = {"sharpness": Sharpness(), "rho": PreconditionedSharpness()}
-FIRST_STEPS = 10
+FIRST_STEPS = 20
 STANDING = 4  # parameters, gradients and Adam's two averages, in bytes of the parameters
-GUESS, MARGIN = 60, 1.5  # bytes of a reading in those of the parameters before one was seen, and the room for more
+GUESS, MARGIN = 80, 1.5  # bytes of a reading in those of the parameters before one was seen, and the room for more
 Row = tuple[float, float, float]  # cost in g, products, counted in g
 
 
@@ -118,9 +122,8 @@ class Training:
     def unit(self) -> float:
         """Seconds of one gradient; the median of three."""
         params, (x, y) = list(self.model.parameters()), self.batch
-        return statistics.median(
-            seconds_of(lambda: torch.autograd.grad(LOSS(self.model(x), y), params))[1] for _ in range(3)
-        )
+        times = [seconds_of(lambda: torch.autograd.grad(LOSS(self.model(x), y), params))[1] for _ in range(3)]
+        return sorted(times)[1]
 
     def read(self, instrument: Instrument, state: State) -> tuple[State, float, float]:
         """The memory after the reading, its products and its price in g."""
@@ -131,64 +134,70 @@ class Training:
         return state, view.meter.products, view.meter.gradients + KEPT_PRODUCT * view.meter.products
 
 
-def measure(parameters: float, examples: int, readings: int, every: int) -> dict[str, Any]:
-    training = Training(parameters, examples)
+def measure(parameters: float, examples: int, readings: int, every: int, seconds: float) -> dict[str, Any]:
+    begun, training = time.perf_counter(), Training(parameters, examples)
     training.advance(FIRST_STEPS)
-    states = {name: training.read(instrument, instrument.init())[0] for name, instrument in READ.items()}
-    before = dict(states)
-    rows: dict[str, list[Row]] = {f"{name}, {start}": [] for name in READ for start in ("cold", "warm")}
-    units = []
-    for _ in range(readings):
+    states: dict[str, State] = {}
+    peaks: dict[str, int] = {}
+    for name, instrument in READ.items():
+
+        def first(name: str = name, instrument: Instrument = instrument) -> None:
+            states[name], *_ = training.read(instrument, instrument.init())
+
+        peaks[f"{name}, cold"] = peak_of(first)
+    rows: dict[str, list[Row]] = {label: [] for label in peaks}
+    units: list[float] = []
+    while len(units) < readings and (not units or time.perf_counter() - begun < seconds):
         training.advance(every)
-        units.append(g := training.unit())
-        before = dict(states)
+        units.append(training.unit())
         for name, instrument in READ.items():
-            for start, state in (("cold", instrument.init()), ("warm", states[name])):
-                (kept, products, counted), seconds = seconds_of(lambda i=instrument, s=state: training.read(i, s))
-                rows[f"{name}, {start}"].append((seconds / g, products, counted))
+            for start in (instrument.init(), states[name]):
+                read = partial(training.read, instrument, start)
+                (kept, products, counted), spent = seconds_of(read)
+                label = f"{name}, {kind(start, kept)}"
+                rows.setdefault(label, []).append((spent / units[-1], products, counted))
+                if label not in peaks:  # the same reading once more, since the profiler takes time
+                    peaks[label] = peak_of(read)
             states[name] = kept
-    bytes_of_parameters = 4 * training.size
-    found: dict[str, Any] = {}
-    for name, instrument in READ.items():  # once more at the last moment, with the profiler, which takes time
-        for start, state in (("cold", instrument.init()), ("warm", before[name])):
-            label = f"{name}, {start}"
-            peak = peak_of(lambda i=instrument, s=state: training.read(i, s))
-            found[label] = {**summary(rows[label]), "peak_bytes": peak, "peak": peak / bytes_of_parameters}
+    whole = 4 * training.size
     return {
         "parameters": training.size,
         "examples": examples,
-        "g_seconds": statistics.median(units),
-        "gradient_peak": peak_of(training.backward) / bytes_of_parameters,
-        "readings": found,
+        "g_seconds": float(np.median(units)),
+        "gradient_peak": peak_of(training.backward) / whole,
+        "readings": {
+            label: {**summary(found), "peak_bytes": peaks[label], "peak": peaks[label] / whole}
+            for label, found in sorted(rows.items())
+        },
     }
+
+
+def kind(start: State, kept: State) -> str:
+    """Of a reading, by the memory before and after it: an audit sets back the count of readings since the last."""
+    return "cold" if start["vector_D"] is None else "warm" if kept["since"] else "audited"
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    costs, products, counted = zip(*rows, strict=True)
-    low, middle, high = statistics.quantiles(costs, n=4, method="inclusive")
+    costs, products, counted = np.array(rows).T
+    low, middle, high = np.quantile(costs, [0.25, 0.5, 0.75])
     return {
+        "count": len(rows),
         "cost_g": middle,
         "cost_g_quartiles": [low, high],
-        "products": statistics.median(products),
-        "products_range": [min(products), max(products)],
-        "counted_g": statistics.median(counted),
+        "products": float(np.median(products)),
+        "products_range": [int(products.min()), int(products.max())],
+        "counted_g": float(np.median(counted)),
     }
 
 
+HEAD = (
+    "parameters", "examples", "g", "reading", "count", "products", "cost in g", "quartiles", "counted", "peak",
+    "peak MB",
+)  # fmt: skip
+
+
 def table(results: list[dict[str, Any]]) -> list[str]:
-    head = (
-        "parameters",
-        "examples",
-        "g",
-        "reading",
-        "products",
-        "cost in g",
-        "quartiles",
-        "counted",
-        "peak",
-        "peak MB",
-    )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [HEAD]
     for result in results:
         about = (f"{result['parameters']:,}", str(result["examples"]), f"{result['g_seconds'] * 1e3:.2f} ms")
         for label, s in result["readings"].items():
@@ -196,7 +205,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             least, most = s["products_range"]
             rows.append(
                 (
-                    *about, label, f"{s['products']:g} ({least} to {most})", f"{s['cost_g']:.1f}",
+                    *about, label, str(s["count"]), f"{s['products']:g} ({least} to {most})", f"{s['cost_g']:.1f}",
                     f"{low:.1f} to {high:.1f}", f"{s['counted_g']:.1f}", f"{s['peak']:.1f}",
                     f"{s['peak_bytes'] / 1e6:.1f}",
                 )
@@ -208,9 +217,10 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--most", type=float, default=SIZES[-1], help="largest number of parameters (default 1e8)")
-    parser.add_argument("--readings", type=int, default=4, help="moments at which is read (default 4, at least 2)")
+    parser.add_argument("--readings", type=int, default=16, help="moments at which is read (default 16)")
     parser.add_argument("--every", type=int, default=10, help="steps between readings (default 10)")
     parser.add_argument("--batch", type=int, help="examples, at all sizes (default: 512, fewer for large networks)")
+    parser.add_argument("--seconds", type=float, default=60, help="no moment of a size begins later (default 60)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -224,13 +234,15 @@ def main() -> None:
                 file=sys.stderr,
             )
             break
-        result = measure(size, arguments.batch or examples_for(size), arguments.readings, arguments.every)
+        result = measure(
+            size, arguments.batch or examples_for(size), arguments.readings, arguments.every, arguments.seconds
+        )
         multiple = max(s["peak"] for s in result["readings"].values())
         results.append(result)
     if arguments.json:
         print(json.dumps({"device": DEVICE.type, **vars(arguments), "sizes": results}, indent=2))
         return
-    print(f"{DEVICE.type}, one thread; {arguments.readings} moments, {arguments.every} steps apart")
+    print(f"{DEVICE.type}, one thread; up to {arguments.readings} moments {arguments.every} steps apart")
     print("\n".join(table(results)))
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import BY_NAME, build
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,6 +32,7 @@ def test_the_pair_is_that_of_the_projected_matrix(seed: int, size: int, count: i
     a = torch.randn(size, size, generator=g, dtype=torch.float64)
     a = a + a.T
     v_kD = torch.randn(min(count, size), size, generator=g, dtype=torch.float64)
+    assume(float(torch.linalg.cond(v_kD)) < 50)  # nearly dependent vectors are left out
     _, space = dense(a)
     added = [space.add(v, a @ v if i % 2 else None) for i, v in enumerate((*v_kD, v_kD[0] + v_kD[1]))]
     assert added == [True] * len(v_kD) + [False]
