@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +48,9 @@ SIZES = (1e4, 1e5, 1e6, 1e7, 1e8)
 READ: dict[str, Instrument] = {"sharpness": Sharpness(), "rho": PreconditionedSharpness()}
 FIRST_STEPS = 20
 STANDING = 4  # parameters, gradients and Adam's two averages, in bytes of the parameters
-GUESS, MARGIN = 80, 1.5  # bytes of a reading in those of the parameters before one was seen, and the room for more
+GUESS = 80  # bytes of a reading in those of the parameters, before one was seen
+SLOW = 5e6  # parameters from which on the profiler takes nothing beside a reading
+T = TypeVar("T")
 Row = tuple[float, float, float]  # cost in g, products, counted in g
 
 
@@ -65,7 +67,7 @@ def examples_for(parameters: float) -> int:
     return max(32, 512 >> 2 * max(0, round(math.log10(parameters)) - 6))
 
 
-def seconds_of(call: Callable[[], Any]) -> tuple[Any, float]:
+def seconds_of(call: Callable[[], T]) -> tuple[T, float]:
     if DEVICE.type == "cpu":
         begun = time.process_time()
         return call(), time.process_time() - begun
@@ -153,11 +155,14 @@ def measure(parameters: float, examples: int, readings: int, every: int, seconds
         for name, instrument in READ.items():
             for start in (instrument.init(), states[name]):
                 read = partial(training.read, instrument, start)
-                (kept, products, counted), spent = seconds_of(read)
+                found: list[tuple[tuple[State, float, float], float]] = []
+                once = partial(timed, read, found)
+                peak = peak_of(once) if training.size > SLOW else once()
+                (kept, products, counted), spent = found[0]
                 label = f"{name}, {kind(start, kept)}"
                 rows.setdefault(label, []).append((spent / units[-1], products, counted))
-                if label not in peaks:  # the same reading once more, since the profiler takes time
-                    peaks[label] = peak_of(read)
+                if label not in peaks:
+                    peaks[label] = peak if peak is not None else peak_of(read)
             states[name] = kept
     whole = 4 * training.size
     return {
@@ -166,10 +171,14 @@ def measure(parameters: float, examples: int, readings: int, every: int, seconds
         "g_seconds": float(np.median(units)),
         "gradient_peak": peak_of(training.backward) / whole,
         "readings": {
-            label: {**summary(found), "peak_bytes": peaks[label], "peak": peaks[label] / whole}
-            for label, found in sorted(rows.items())
+            label: {**summary(seen), "peak_bytes": peaks[label], "peak": peaks[label] / whole}
+            for label, seen in sorted(rows.items())
         },
     }
+
+
+def timed(call: Callable[[], T], found: list[tuple[T, float]]) -> None:
+    found.append(seconds_of(call))
 
 
 def kind(start: State, kept: State) -> str:
@@ -227,7 +236,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     multiple: float = GUESS
     for size in (s for s in SIZES if s <= arguments.most):
-        needed, free = 4 * size * (STANDING + multiple) * MARGIN, free_bytes()
+        needed, free = 4 * size * (STANDING + multiple), free_bytes()
         if needed > free:
             print(
                 f"stopped before {size:.0e} parameters: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
