@@ -1,20 +1,22 @@
 """What a tracked curvature reading costs from ten thousand to a hundred million parameters, in time and in memory.
 
-    python tests/benchmarks/scaling.py [--most 1e7] [--readings 16] [--every 10] [--batch 32] [--seconds 60] [--json]
+    python tests/benchmarks/scaling.py [--most 1e7] [--readings 12] [--every 10] [--batch 32] [--seconds 60] [--json]
 
 Networks 64-w-w-w-10 on scikit-learn digits under Adam; w makes the size. One batch is both trained and read on: 512
 examples up to a million parameters, fewer beyond unless --batch says how many.
 
 Three kinds of reading: `cold`, from no memory; `warm`, which goes on from the last one, `every` steps before;
 `audited`, a warm one that was checked by a second iteration from a fresh start (early and restless training is audited
-often). Cold and warm are read at the same steps. The first readings of a run, which also look at the model once, give
-the memory and are not counted. A size gets `readings` moments, or as many as begin within `seconds`.
+often). Cold and warm are read at the same steps. What is looked at once a run is not in it. A size gets `readings`
+moments, or as many as begin within `seconds`, the warm readings of the second one in any case.
 
 Unit g: one gradient of the mean loss on that batch, measured beside the readings; CPU seconds of one thread, or, where
 torch has CUDA, seconds on the GPU. `counted` is what the meter says, in g: gradients and products at their price. The
 difference to `cost` is work on vectors of the size of the model, which large models with few examples feel, and a fixed
 time a reading, which small ones do. `peak` is the most that was allocated at a time beyond what stood before, over the
-bytes of the parameters; parameters, gradients and Adam's state are four more. A size that would not fit ends the run.
+bytes of the parameters, median and most of the readings of a kind; memory that was asked for and not yet written counts
+(up to eight vectors of Lanczos). Parameters, gradients and Adam's state are four more. A size that would not fit in
+memory ends the run.
 """
 
 import argparse
@@ -51,7 +53,7 @@ STANDING = 4  # parameters, gradients and Adam's two averages, in bytes of the p
 GUESS = 80  # bytes of a reading in those of the parameters, before one was seen
 SLOW = 5e6  # parameters from which on the profiler takes nothing beside a reading
 T = TypeVar("T")
-Row = tuple[float, float, float]  # cost in g, products, counted in g
+Row = tuple[float, int, float, int]  # cost in g, products, counted in g, peak in bytes
 
 
 def network(parameters: float) -> nn.Module:
@@ -127,42 +129,56 @@ class Training:
         times = [seconds_of(lambda: torch.autograd.grad(LOSS(self.model(x), y), params))[1] for _ in range(3)]
         return sorted(times)[1]
 
-    def read(self, instrument: Instrument, state: State) -> tuple[State, float, float]:
-        """The memory after the reading, its products and its price in g."""
+    def probe(self) -> Probe:
         seen = (self.model, as_objective(LOSS), [self.optimizer], [self.batch])
-        with Probe(*seen, step=self.steps, held=HeldBatches([self.batch]), plans=self.plans) as probe:
+        return Probe(*seen, step=self.steps, held=HeldBatches([self.batch]), plans=self.plans)
+
+    def look(self) -> None:
+        """What is looked at once a run: whether the model can be differentiated twice."""
+        with self.probe() as probe:
+            _ = View(probe, frozenset({"hessian"})).hessian
+
+    def read(self, instrument: Instrument, state: State) -> tuple[State, int, float]:
+        """The memory after the reading, its products and its price in g."""
+        with self.probe() as probe:
             view = View(probe, instrument.needs)
             _, state = instrument.advance(view, state)
         return state, view.meter.products, view.meter.gradients + KEPT_PRODUCT * view.meter.products
 
+    def row(self, instrument: Instrument, state: State, g: float) -> tuple[State, Row]:
+        """A reading, timed, and its peak: by the same reading once more where the profiler would cost time."""
+        found: list[tuple[tuple[State, int, float], float]] = []
+
+        def timed() -> None:
+            found.append(seconds_of(partial(self.read, instrument, state)))
+
+        if self.size < SLOW:
+            timed()
+        peak = peak_of(timed)
+        (kept, products, counted), seconds = found[0]
+        return kept, (seconds / g, products, counted, peak)
+
 
 def measure(parameters: float, examples: int, readings: int, every: int, seconds: float) -> dict[str, Any]:
     begun, training = time.perf_counter(), Training(parameters, examples)
+    training.look()
     training.advance(FIRST_STEPS)
     states: dict[str, State] = {}
-    peaks: dict[str, int] = {}
-    for name, instrument in READ.items():
-
-        def first(name: str = name, instrument: Instrument = instrument) -> None:
-            states[name], *_ = training.read(instrument, instrument.init())
-
-        peaks[f"{name}, cold"] = peak_of(first)
-    rows: dict[str, list[Row]] = {label: [] for label in peaks}
+    rows: dict[str, list[Row]] = {}
     units: list[float] = []
-    while len(units) < readings and (not units or time.perf_counter() - begun < seconds):
+    while len(units) < readings:
+        late = time.perf_counter() - begun > seconds
+        if late and len(units) > 1:
+            break
         training.advance(every)
         units.append(training.unit())
         for name, instrument in READ.items():
-            for start in (instrument.init(), states[name]):
-                read = partial(training.read, instrument, start)
-                found: list[tuple[tuple[State, float, float], float]] = []
-                once = partial(timed, read, found)
-                peak = peak_of(once) if training.size > SLOW else once()
-                (kept, products, counted), spent = found[0]
-                label = f"{name}, {kind(start, kept)}"
-                rows.setdefault(label, []).append((spent / units[-1], products, counted))
-                if label not in peaks:
-                    peaks[label] = peak if peak is not None else peak_of(read)
+            starts = [states[name]] if name in states else []
+            if not late or not starts:
+                starts.insert(0, instrument.init())
+            for start in starts:
+                kept, row = training.row(instrument, start, units[-1])
+                rows.setdefault(f"{name}, {kind(start, kept)}", []).append(row)
             states[name] = kept
     whole = 4 * training.size
     return {
@@ -170,15 +186,8 @@ def measure(parameters: float, examples: int, readings: int, every: int, seconds
         "examples": examples,
         "g_seconds": float(np.median(units)),
         "gradient_peak": peak_of(training.backward) / whole,
-        "readings": {
-            label: {**summary(seen), "peak_bytes": peaks[label], "peak": peaks[label] / whole}
-            for label, seen in sorted(rows.items())
-        },
+        "readings": {label: summary(rows[label], whole) for label in sorted(rows)},
     }
-
-
-def timed(call: Callable[[], T], found: list[tuple[T, float]]) -> None:
-    found.append(seconds_of(call))
 
 
 def kind(start: State, kept: State) -> str:
@@ -186,9 +195,9 @@ def kind(start: State, kept: State) -> str:
     return "cold" if start["vector_D"] is None else "warm" if kept["since"] else "audited"
 
 
-def summary(rows: list[Row]) -> dict[str, Any]:
-    costs, products, counted = np.array(rows).T
-    low, middle, high = np.quantile(costs, [0.25, 0.5, 0.75])
+def summary(rows: list[Row], bytes_of_parameters: int) -> dict[str, Any]:
+    costs, products, counted, peaks = np.array(rows).T
+    low, middle, high = np.quantile(costs, [0.25, 0.5, 0.75]).tolist()
     return {
         "count": len(rows),
         "cost_g": middle,
@@ -196,12 +205,15 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         "products": float(np.median(products)),
         "products_range": [int(products.min()), int(products.max())],
         "counted_g": float(np.median(counted)),
+        "peak": float(np.median(peaks)) / bytes_of_parameters,
+        "peak_most": float(peaks.max()) / bytes_of_parameters,
+        "peak_bytes": float(np.median(peaks)),
     }
 
 
 HEAD = (
     "parameters", "examples", "g", "reading", "count", "products", "cost in g", "quartiles", "counted", "peak",
-    "peak MB",
+    "most", "peak MB",
 )  # fmt: skip
 
 
@@ -215,7 +227,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             rows.append(
                 (
                     *about, label, str(s["count"]), f"{s['products']:g} ({least} to {most})", f"{s['cost_g']:.1f}",
-                    f"{low:.1f} to {high:.1f}", f"{s['counted_g']:.1f}", f"{s['peak']:.1f}",
+                    f"{low:.1f} to {high:.1f}", f"{s['counted_g']:.1f}", f"{s['peak']:.0f}", f"{s['peak_most']:.0f}",
                     f"{s['peak_bytes'] / 1e6:.1f}",
                 )
             )  # fmt: skip
@@ -226,7 +238,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--most", type=float, default=SIZES[-1], help="largest number of parameters (default 1e8)")
-    parser.add_argument("--readings", type=int, default=16, help="moments at which is read (default 16)")
+    parser.add_argument("--readings", type=int, default=12, help="moments at which is read (default 12)")
     parser.add_argument("--every", type=int, default=10, help="steps between readings (default 10)")
     parser.add_argument("--batch", type=int, help="examples, at all sizes (default: 512, fewer for large networks)")
     parser.add_argument("--seconds", type=float, default=60, help="no moment of a size begins later (default 60)")
@@ -246,7 +258,7 @@ def main() -> None:
         result = measure(
             size, arguments.batch or examples_for(size), arguments.readings, arguments.every, arguments.seconds
         )
-        multiple = max(s["peak"] for s in result["readings"].values())
+        multiple = max(s["peak_most"] for s in result["readings"].values())
         results.append(result)
     if arguments.json:
         print(json.dumps({"device": DEVICE.type, **vars(arguments), "sizes": results}, indent=2))

@@ -32,7 +32,8 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(6, device=x.device, dtype=self.position.dtype)
-        return self.head(self.block(self.token(x) + self.position, src_mask=mask)).transpose(1, 2)
+        logits: Tensor = self.head(self.block(self.token(x) + self.position, src_mask=mask))
+        return logits.transpose(1, 2)
 
 
 def convolutional() -> nn.Module:
