@@ -74,7 +74,8 @@ class Probe(AbstractContextManager["Probe"]):
         self.curvatures, self.diagonals = Curvatures(self), Diagonals(self)
         self._stack, self._guarded = ExitStack(), guarded
         self._expected: frozenset[Any] = expected & frozenset(get_args(Want))
-        self.kept = KeptFactors() if "step_examples" in expected and len(self.batches) == 1 else None
+        self._keeps = "step_examples" in expected and len(self.batches) == 1
+        self.kept: KeptFactors | None = None
         self._moments: SampleMoments | None = None
         self._moments_wants: frozenset[Want] = frozenset()
         self._known: dict[str, Any] = {}
@@ -241,6 +242,7 @@ class Probe(AbstractContextManager["Probe"]):
         """Per-example statistics of the step's batches: one pass for all that is expected of this step."""
         if self._moments is None or not wants <= self._moments_wants:
             self._moments_wants |= wants | self._expected
+            self.kept = KeptFactors.of(self.layout) if self._keeps else None
             self._moments = self._read_moments(self._moments_wants, kept=self.kept)
             meter.gradients += 4 / 3 + len(self._moments_wants) / 3
         meter.provenance["engine"] = self._moments.engine

@@ -28,8 +28,7 @@ def trace_of(a: Tensor, q: Tensor, n: int) -> Tensor:
 def jackknife(left_out_N: Tensor) -> Tensor:
     """Standard error of an estimate from its N values with one example left out; infinite where one of these is."""
     n = len(left_out_N)
-    variance, mean = torch.var_mean(left_out_N)
-    return torch.where(mean.isinf(), torch.inf, variance.sqrt() * ((n - 1) / n**0.5))
+    return torch.where(left_out_N.isinf().any(), torch.inf, left_out_N.std() * ((n - 1) / n**0.5))
 
 
 class Variances(NamedTuple):
@@ -50,7 +49,8 @@ def variances(moments: SampleMoments) -> Variances:
     variance_D = (second_D - square_D).clamp_(min=0).mul_(n / (n - 1))
     excess_D = torch.sub(variance_D, second_D, alpha=rounding)
     for excess_d, second_d in zip(*(flat_pieces(moments.layout, v_D) for v_D in (excess_D, second_D)), strict=True):
-        torch.minimum(excess_d, second_d - rounding**2 * second_d.max(), out=excess_d)
+        if len(second_d):
+            torch.minimum(excess_d, second_d - rounding**2 * second_d.max(), out=excess_d)
     # Arithmetic in place of masks, which on a CPU take ten times as long; nan_to_num, as the sign of NaN is NaN.
     return Variances(square_D, variance_D, excess_D.clamp_(min=0).sign_().nan_to_num_(0.0))
 

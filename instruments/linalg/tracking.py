@@ -76,15 +76,15 @@ def follow(
     last_D = last_D.to(operator.device, operator.dtype)
     sign = torch.where(torch.dot(hint_D, last_D) < 0, -1.0, 1.0)
     start_D = last_D + HINT * sign * hint_D + RANDOM * noise_D
-    ritz = _followed(operator, start_D, tol=tol, max_products=max_products, doubt_below=(1 - DROP) * track.value)
+    ritz = _followed(operator, track, last_D, start_D, tol=tol, max_products=max_products)
     if math.isnan(ritz.value):
         return ritz, _after(ritz, track)
     missed, period, since = track.missed, track.period, track.since + 1
-    turned = abs(float(torch.dot(last_D, ritz.vector_D))) < TURNED
-    if ritz.products and (since >= period or turned):  # what others have found, they have audited
+    if since >= period or _turned(last_D, ritz.vector_D):
         audit = top_eigenvalue(operator, fresh_D, tol=fresh_tol, max_products=max_products)
         better = audit if audit.value > ritz.value else ritz
-        found = (better.value - ritz.value) / abs(better.value) if better.value else 0.0
+        scale = max(abs(better.value), abs(ritz.value))
+        found = (better.value - ritz.value) / scale if scale else 0.0
         missed = max(found, missed / 2)
         period, since = 1 if found > FOUND else min(2 * period, AUDIT_EVERY), 0
         ritz = replace(better, products=ritz.products + audit.products)
@@ -92,16 +92,25 @@ def follow(
     return ritz, _after(ritz, replace(track, missed=missed, period=period, since=since))
 
 
-def _followed(operator: Operator, start_D: Tensor, *, tol: float, max_products: int, doubt_below: float) -> Ritz:
-    """From what others know of the operator and the start; each further product is of the residual."""
-    space = Subspace(operator)
+def _followed(
+    operator: Operator, track: Track, last_D: Tensor, start_D: Tensor, *, tol: float, max_products: int
+) -> Ritz:
+    """From what others know of the operator and the start; each further product is of the residual.
+
+    What others know is enough without the start where it is the tracked vector: their vectors may span eigenvectors
+    that are not the top one.
+    """
+    space, floor = Subspace(operator), track.value - DROP * abs(track.value)
     for pair in operator.known():
         space.add(*pair)
 
     def done(top: RitzPair) -> bool:
-        believed = space.products >= DOUBTED_PRODUCTS or top.residual <= DOUBTED_TOL * top.value
-        settled = space.dimension > 1 and _settled(top, tol) and (top.value >= doubt_below or believed)
-        return settled or math.isnan(top.value)
+        if space.dimension < 2 or not _settled(top, tol):
+            return math.isnan(top.value)
+        if not space.products:
+            return top.value >= floor and not _turned(last_D, top.vector_D)
+        believed = space.products >= DOUBTED_PRODUCTS or top.residual <= DOUBTED_TOL * abs(top.value)
+        return top.value >= floor or believed
 
     top, next_D = space.top() if space.dimension else None, start_D
     while (top is None or not done(top)) and space.products < max_products and space.add(next_D):
@@ -114,8 +123,12 @@ def _followed(operator: Operator, start_D: Tensor, *, tol: float, max_products: 
 def _settled(top: RitzPair, tol: float) -> bool:
     """Whether residual^2 / gap, the error of a Ritz value, is what a residual of `tol` leaves at a gap of `GAP`."""
     size = abs(top.value)
-    gap = max(top.value - top.second, LEAST_GAP * size)
+    gap = min(max(top.value - top.second, LEAST_GAP * size), size)
     return top.residual**2 <= tol**2 * size * gap / GAP
+
+
+def _turned(last_D: Tensor, vector_D: Tensor) -> bool:
+    return abs(float(torch.dot(last_D, vector_D))) < TURNED
 
 
 def _after(ritz: Ritz, track: Track) -> Track:

@@ -7,7 +7,7 @@ Shapes: N = examples, n = some of them, T = positions of an example, G = groups,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -45,9 +45,16 @@ class Factor(ABC):
         """What the factor holds."""
         return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
 
-    def detached(self) -> "Factor":
-        """Without the graph that its tensors come from."""
-        tensors = {name: t.detach() for name, t in vars(self).items() if isinstance(t, Tensor)}
+    def kept(self, storages: Collection[int]) -> "Factor":
+        """Without the graph that its tensors come from; copies of those that lie in one of these storages, which will
+        be written to, or in a storage much larger than they are, which would be held with them."""
+
+        def own(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            spread = storage.nbytes() > 2 * t.numel() * t.element_size()
+            return t.detach().clone() if spread or storage.data_ptr() in storages else t.detach()
+
+        tensors = {name: own(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **tensors)  # type: ignore[type-var]
 
 
@@ -254,8 +261,8 @@ class Together(Factor):
             total_N += part.along(use.from_parameter(direction)).to(self.dtype)
         return total_N
 
-    def detached(self) -> "Together":
-        return replace(self, parts=[part.detached() for part in self.parts], param=self.param.detach())
+    def kept(self, storages: Collection[int]) -> "Together":
+        return replace(self, parts=[part.kept(storages) for part in self.parts], param=self.param.detach())
 
     @property
     def dtype(self) -> torch.dtype:

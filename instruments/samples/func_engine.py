@@ -42,7 +42,7 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
 
     dims = (None, *(0 if m else None for m in mapped))
     per_example = vmap(grad_and_value(one), in_dims=dims, randomness="different")
-    chunk = max(1, min(n, CHUNK_SCALARS // layout.size))
+    chunk = max(1, min(n, CHUNK_SCALARS // max(1, layout.size)))
 
     def chunks() -> Iterator[Tensor]:
         losses = []

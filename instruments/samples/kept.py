@@ -20,13 +20,20 @@ KEPT_BYTES = 2**26
 class KeptFactors:
     """Filled by a pass of the fused engine: the factors of each parameter tensor, and what makes g_i of their products.
 
-    `losses_N` is the loss of each example, in a unit in which their mean is the loss.
+    `storages` are those of the parameters, which the step will write to: a factor may be a view of one. `losses_N` is
+    the loss of each example, in a unit in which their mean is the loss.
     """
 
+    storages: frozenset[int]
     factors: dict[int, tuple[Use | None, Factor]] = field(default_factory=dict)
     losses_N: Tensor | None = None
     unit: Tensor | float = 1.0
     bytes: int = 0
+
+    @classmethod
+    def of(cls, layout: Layout) -> "KeptFactors":
+        """Empty."""
+        return cls(frozenset(p.untyped_storage().data_ptr() for p in layout.params))
 
     def keep(self, index: int, use: Use | None, factor: Factor) -> None:
         """`use` is None for a factor in the shape of the parameter itself."""
@@ -34,7 +41,7 @@ class KeptFactors:
         if self.bytes > KEPT_BYTES:
             self.factors.clear()
         else:
-            self.factors[index] = use, factor.detached()
+            self.factors[index] = use, factor.kept(self.storages)
 
     def complete(self, layout: Layout) -> bool:
         """Whether every parameter tensor is here."""

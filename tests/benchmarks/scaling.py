@@ -251,7 +251,7 @@ def main() -> None:
         needed, free = 4 * size * (STANDING + multiple), free_bytes()
         if needed > free:
             print(
-                f"stopped before {size:.0e} parameters: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+                f"stopped before {size:.0e} parameters: about {needed / 1e9:.2g} GB needed, {free / 1e9:.2g} GB free",
                 file=sys.stderr,
             )
             break

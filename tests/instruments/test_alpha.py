@@ -3,6 +3,7 @@
 Shapes: N = examples, D = trainable scalars.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,32 @@ def test_a_pass_before_the_step_gives_the_slopes_too(
         alone, after_another = (value[name] for value in values)
         assert float(after_another.value) == pytest.approx(float(alone.value), rel=1e-9, abs=1e-12)
         assert float(after_another.stderr) == pytest.approx(float(alone.stderr), rel=1e-9, abs=1e-12)
+
+
+class Queried(nn.Module):
+    """What enters the linear layer is a view of a parameter, which the step overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.linear = nn.Parameter(torch.randn(3)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.query.expand(len(x), -1)) * x
+
+
+def test_kept_factors_do_not_move_with_the_parameters() -> None:
+    torch.manual_seed(0)
+    model, batch = Queried(), (torch.randn(5, 2), torch.randn(5, 2))
+    start = copy.deepcopy(model.state_dict())
+
+    def move() -> None:
+        for p in model.parameters():
+            p.add_(0.5)
+
+    after_a_pass = read(model, nn.MSELoss(), batch, move, PASS)
+    model.load_state_dict(start)
+    alone = read(model, nn.MSELoss(), batch, move)
+    assert float(after_a_pass["slope"].value) == pytest.approx(float(alone["slope"].value), rel=1e-5)
 
 
 def spied(function: Any, calls: list[Any]) -> Any:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from instruments.linalg.lanczos import DOUBTED_PRODUCTS, top_eigenvalue
 from instruments.linalg.subspace import RitzPair
@@ -192,12 +193,53 @@ def test_a_vector_that_turns_is_audited_at_once() -> None:
     assert still.since == 3
 
 
+class KnowsOthers(DenseOperator):
+    """Products with two vectors that are no top eigenvectors were taken by others."""
+
+    def known(self) -> list[tuple[Tensor, Tensor]]:
+        return [(v, self.matvec(v)) for v in torch.eye(self.size, dtype=self.dtype)[2:4]]
+
+
+def test_products_of_others_are_no_answer_where_they_are_of_other_directions() -> None:
+    """As of the Hessian for rho: its top eigenvector may be a lower one of the other matrix."""
+    operator, track = KnowsOthers(torch.diag(torch.tensor([10.0, 5, 2, 1, *[0.5] * 20]).double())), Track()
+    for i in range(12):
+        ritz, track = follow(operator, track, NO_HINT[:24], tol=0.05, max_products=40, seed=i)
+        assert ritz.value == pytest.approx(10.0, rel=0.01)
+        assert ritz.products > 0
+
+
+def test_what_is_followed_below_zero_is_not_doubted_for_its_sign() -> None:
+    operator, track = matrix([-1.0, -2.0, *torch.linspace(-9, -4, 40).tolist()]), Track()
+    costs = []
+    for i in range(16):
+        ritz, track = follow(operator, track, NO_HINT[:42], tol=0.05, max_products=40, seed=i)
+        assert ritz.value == pytest.approx(-1.0, rel=0.03)
+        costs.append(ritz.products)
+    assert sorted(costs)[8] <= 4
+
+
+def test_a_single_product_has_not_converged_by_itself() -> None:
+    """In one dimension no gap is known: the residual must be small against the value."""
+    operator = matrix([10.0, 5.0, 2.0, *torch.linspace(0, 1, 20).tolist()])
+    ritz, _ = follow(operator, Track(3, 2.0, random_unit(operator, 5)), NO_HINT[:23], tol=0.05, max_products=1, seed=0)
+    assert ritz.residual > 0.2 * ritz.value
+    assert not ritz.converged
+    nothing = DenseOperator(torch.zeros(4, 4).double())
+    ritz, _ = follow(nothing, Track(3, 0.0, random_unit(nothing, 5)), NO_HINT[:4], tol=0.05, max_products=9, seed=0)
+    assert (ritz.value, ritz.converged) == (0.0, True)
+
+
 @pytest.mark.parametrize(
     ("residual", "second", "settled"),
-    [(0.049, 0.8, True), (0.051, 0.8, False), (0.1, 0.1, True), (0.03, 0.99, False), (0.02, 0.99, True)],
-)
+    [
+        (0.049, 0.8, True), (0.051, 0.8, False), (0.1, 0.1, True), (0.03, 0.99, False), (0.02, 0.99, True),
+        (0.12, -9.0, False), (0.11, -9.0, True),
+    ],
+)  # fmt: skip
 def test_a_reading_stops_by_its_residual_and_the_gap(residual: float, second: float, settled: bool) -> None:
-    """The tolerance of 0.05 is that of the residual where the gap is a fifth; gaps below a twentieth count as that."""
+    """The tolerance of 0.05 is that of the residual where the gap is a fifth; gaps below a twentieth count as that, and
+    those above the value as the value."""
     v = torch.ones(3)
     assert _settled(RitzPair(1.0, v, v, residual, second), 0.05) == settled
     assert _settled(RitzPair(1e-6, v, v, 1e-6 * residual, 1e-6 * second), 0.05) == settled

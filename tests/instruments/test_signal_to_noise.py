@@ -11,6 +11,7 @@ from torch import nn
 from twins import example_gradients
 
 from instruments import Estimate, Probe, Refusal, View
+from instruments.gradient._estimates import jackknife
 from instruments.gradient.signal_to_noise import SignalToNoise
 from instruments.objective import as_objective
 
@@ -90,3 +91,19 @@ def test_dead_coordinates_are_counted_and_left_out() -> None:
 def test_one_example_has_no_variance() -> None:
     with pytest.raises(Refusal, match="at least 2 examples"):
         read(Mean(3), losses, torch.ones(1, 3, dtype=torch.float64))
+
+
+def test_an_error_is_infinite_where_an_example_left_out_makes_the_estimate_infinite() -> None:
+    values = torch.linspace(1, 2, 8)
+    assert float(jackknife(values)) == pytest.approx(float((7 / 8 * (values - values.mean()).square().sum()).sqrt()))
+    assert float(jackknife(torch.cat([values, torch.tensor([torch.inf])]))) == torch.inf
+
+
+def test_a_parameter_without_elements_is_no_obstacle() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch = torch.randn(8, 3), torch.randint(2, (8,))
+    plain = read(model, nn.CrossEntropyLoss(), batch)
+    model.register_parameter("nothing", nn.Parameter(torch.zeros(0)))
+    values = read(model, nn.CrossEntropyLoss(), batch)
+    assert float(values["median"]) == pytest.approx(float(plain["median"]))
