@@ -67,11 +67,14 @@ def follow(
     frozen) starts cold.
     """
     noise_D, hint_D = random_unit(operator, seed), _unit(hint_D)
-    fresh_tol = min(tol, FRESH_TOL)
-    fresh_D = hint_D + FRESH_RANDOM * noise_D
     last_D = track.vector_D
+
+    def afresh() -> Ritz:
+        start_D = hint_D + FRESH_RANDOM * noise_D
+        return top_eigenvalue(operator, start_D, tol=min(tol, FRESH_TOL), max_products=max_products)
+
     if last_D is None or last_D.shape[0] != operator.size:
-        ritz = top_eigenvalue(operator, fresh_D, tol=fresh_tol, max_products=max_products)
+        ritz = afresh()
         return ritz, _after(ritz, Track())
     last_D = last_D.to(operator.device, operator.dtype)
     sign = torch.where(torch.dot(hint_D, last_D) < 0, -1.0, 1.0)
@@ -81,7 +84,7 @@ def follow(
         return ritz, _after(ritz, track)
     missed, period, since = track.missed, track.period, track.since + 1
     if since >= period or _turned(last_D, ritz.vector_D):
-        audit = top_eigenvalue(operator, fresh_D, tol=fresh_tol, max_products=max_products)
+        audit = afresh()
         better = audit if audit.value > ritz.value else ritz
         scale = max(abs(better.value), abs(ritz.value))
         found = (better.value - ritz.value) / scale if scale else 0.0
