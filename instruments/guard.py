@@ -10,7 +10,7 @@ module holds, a file, a global).
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from instruments.refusal import Refusal
 
 Undo = Callable[[], None]
 
@@ -30,23 +32,29 @@ def untouched(model: nn.Module) -> Iterator["Saved"]:
     the same.
 
     Buffers are exchanged for clones and the originals put back: not even their version counter moves, so that a graph
-    the user kept across the reading stays valid. Raises nothing of its own; what is raised inside passes through after
-    everything is put back.
+    the user kept across the reading stays valid. What is raised inside passes through after everything is put back.
+    Raises Refusal for modules of TorchScript, whose buffers cannot be exchanged.
     """
-    undo: list[Undo] = []
-    try:
+    if scripted(model):
+        raise Refusal(
+            "expected modules of Python, got one compiled by torch.jit, whose buffers cannot be exchanged and put "
+            "back; train the module itself, or compile it by torch.compile. What needs no forward is read all the same."
+        )
+    with ExitStack() as undo:  # every part is put back, even if another one cannot be
         random_states = RandomStates.of(model)
-        undo.append(random_states.put_back)
-        undo.append(_attributes(model))
-        undo.append(_gradients(model))
-        undo.append(_renormalised(model))
+        undo.callback(random_states.put_back)
+        undo.callback(_attributes(model))
+        undo.callback(_gradients(model))
+        undo.callback(_renormalised(model))
         buffers = Buffers(model)
-        undo.append(buffers.put_back)
+        undo.callback(buffers.put_back)
         buffers.fresh()
         yield Saved(random_states, buffers)
-    finally:
-        for put_back in reversed(undo):
-            put_back()
+
+
+def scripted(model: nn.Module) -> bool:
+    """Whether a part of the model is compiled by torch.jit."""
+    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn, optim
 from instruments.activations import Activations, read_activations, run_forward
 from instruments.curvatures import Curvatures
 from instruments.diagonals.of_probe import Diagonals
-from instruments.guard import Saved, untouched
+from instruments.guard import Saved, scripted, untouched
 from instruments.held import HeldBatches
 from instruments.layout import remembered_layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
@@ -84,7 +84,7 @@ class Probe(AbstractContextManager["Probe"]):
     def __enter__(self) -> "Probe":
         with ExitStack() as stack:  # what was entered is left again if the guard raises
             stack.enter_context(torch.autocast(self.layout.device.type, enabled=False))  # linear algebra, too
-            if self._guarded:
+            if self._guarded and not scripted(self.module):  # whoever needs the guard then is refused alone
                 self._guard()
             self._stack.push(stack.pop_all())
         return self

@@ -146,3 +146,32 @@ def test_an_exception_inside_a_reading_leaves_everything_as_it_was() -> None:
     assert "no such column" in readings(cockpit, "curvature/sharpness", "failed")[0].reason
     assert len(readings(cockpit, "gradient/norm", "ok")) == 4
     cockpit.close()
+
+
+def scripted(observe: bool) -> tuple[dict[str, Tensor], list[Any]]:
+    torch.manual_seed(0)
+    inside = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
+    model = torch.jit.script(inside)
+    optimizer, loss_fn, records = optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), list[Any]()
+    how: dict[str, Any] = {"panel": "standard" if observe else None, "budget": None, "sinks": [records.append]}
+    generator = torch.Generator().manual_seed(1)
+    with Cockpit(model, optimizer, loss=loss_fn, **how) as cockpit:
+        for _ in range(3):
+            x, y = torch.randn(8, 4, generator=generator), torch.randint(3, (8,), generator=generator)
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            cockpit.observe((x, y), loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: t.clone() for name, t in model.state_dict().items()}, records
+
+
+def test_torchscript_is_left_alone_and_refused_by_name() -> None:
+    plain, _ = scripted(False)
+    observed, records = scripted(True)
+    assert all(torch.equal(plain[name], observed[name]) for name in plain)
+    found = [r for r in records if getattr(r, "instrument", None)]
+    assert {"batch/loss", "gradient/norm"} <= {r.instrument for r in found if r.status == "ok"}
+    reasons = {r.instrument: r.reason for r in found if r.status == "failed"}
+    assert {"curvature/sharpness", "gradient/noise_scale"} <= set(reasons)
+    assert all("compiled by torch.jit" in reason for reason in reasons.values())
