@@ -20,7 +20,6 @@ from torch import Tensor
 
 from instruments.operators.operator import Operator
 
-DOUBTED_PRODUCTS, DOUBTED_TOL = 5, 0.03
 ROOM = 8  # vectors that are made room for at first; doubled when they do not suffice
 
 
@@ -47,18 +46,8 @@ class Ritz:
         return max(self.residual, tol * abs(self.value), self.missed * abs(self.value))
 
 
-def top_eigenvalue(
-    operator: Operator,
-    start_D: Tensor,
-    *,
-    tol: float,
-    max_products: int,
-    doubt_below: float = -math.inf,
-) -> Ritz:
+def top_eigenvalue(operator: Operator, start_D: Tensor, *, tol: float, max_products: int) -> Ritz:
     """Lanczos with full reorthogonalisation (twice) until residual <= tol * |value|.
-
-    A value under `doubt_below` is not believed before `DOUBTED_PRODUCTS` products and a residual of `DOUBTED_TOL`: the
-    start may lack the top eigenvector, and a longer iteration finds it.
 
     Each product costs one synchronisation with the host. A product that is not finite ends the iteration with value
     NaN, not converged. The zero operator has value 0, converged.
@@ -69,9 +58,7 @@ def top_eigenvalue(
             return Ritz(float("nan"), float("nan"), k, False, start_D)
         values_k, s_kk = eigh_tridiagonal(np.array(krylov.alphas), np.array(krylov.betas))
         value, residual = float(values_k[-1]), krylov.beta * abs(float(s_kk[-1, -1]))
-        doubted = value < doubt_below
-        met = residual <= (min(tol, DOUBTED_TOL) if doubted else tol) * abs(value)
-        converged = krylov.exhausted(float(np.abs(values_k).max())) or (met and not (doubted and k < DOUBTED_PRODUCTS))
+        converged = krylov.exhausted(float(np.abs(values_k).max())) or residual <= tol * abs(value)
         if converged:
             break
     s_k = torch.as_tensor(s_kk[:, -1].copy(), dtype=operator.dtype, device=operator.device)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instruments.linalg.lanczos import DOUBTED_PRODUCTS, DOUBTED_TOL, Ritz, top_eigenvalue
+from instruments.linalg.lanczos import Ritz, top_eigenvalue
 from instruments.linalg.subspace import RitzPair, Subspace
 from instruments.operators.operator import Operator, random_unit
 
@@ -34,6 +34,7 @@ HINT, RANDOM = 0.2, 0.02  # weights in a warm start, against 1 for the last Ritz
 FRESH_RANDOM = 0.5  # weight of the random vector in a fresh start, against 1 for the hint
 FRESH_TOL = 0.03
 AUDIT_EVERY, DROP = 8, 0.14
+DOUBTED_PRODUCTS, DOUBTED_TOL = 5, 0.03
 TURNED, FOUND = 0.7, 0.02  # a cosine with the last vector, and a part of the value
 GAP, LEAST_GAP = 0.2, 0.05  # of the value: at which `tol` bounds the residual itself, and the smallest reckoned with
 

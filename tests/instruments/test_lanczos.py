@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from instruments.linalg.lanczos import DOUBTED_PRODUCTS, top_eigenvalue
+from instruments.linalg import tracking
+from instruments.linalg.lanczos import top_eigenvalue
 from instruments.linalg.subspace import RitzPair
-from instruments.linalg.tracking import AUDIT_EVERY, Track, _settled, follow
+from instruments.linalg.tracking import AUDIT_EVERY, DROP, Track, _settled, follow
 from instruments.operators.operator import DenseOperator, random_unit
 
 NO_HINT = torch.zeros(62, dtype=torch.float64)
@@ -106,16 +107,18 @@ def test_random_unit_depends_on_the_seed_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_doubt_makes_the_iteration_go_on() -> None:
+@pytest.mark.parametrize(("drop", "value"), [(DROP, 2.0), (9.0, 1.0)], ids=["doubting", "trusting"])
+def test_doubt_makes_the_iteration_go_on(drop: float, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started on the second eigenvector with a speck of the first, two products converge to the wrong one."""
+    monkeypatch.setattr(tracking, "DROP", drop)
+    monkeypatch.setattr(tracking, "TURNED", 0.0)  # no audit
     operator = matrix([2.0, 1.0, *torch.linspace(0, 0.3, 30).tolist()])
     _, vectors = torch.linalg.eigh(operator._matrix_DD)
-    start = vectors[:, -2] + 0.01 * vectors[:, -1]
-    trusting = top_eigenvalue(operator, start, tol=0.05, max_products=40)
-    doubting = top_eigenvalue(operator, start, tol=0.05, max_products=40, doubt_below=1.5)
-    assert trusting.value == pytest.approx(1.0, rel=1e-2)
-    assert doubting.value == pytest.approx(2.0, rel=1e-6)
-    assert doubting.products <= DOUBTED_PRODUCTS
+    last = vectors[:, -2] + 0.01 * vectors[:, -1]
+    track = Track(9, 2.0, last / last.norm(), period=8)
+    ritz, _ = follow(operator, track, NO_HINT[:32], tol=0.05, max_products=40, seed=0)
+    assert ritz.value == pytest.approx(value, rel=0.02)
+    assert ritz.products <= tracking.DOUBTED_PRODUCTS
 
 
 def drifting(t: float) -> DenseOperator:
