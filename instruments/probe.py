@@ -256,7 +256,10 @@ class Probe(AbstractContextManager["Probe"]):
 
         self.prepare()
         graphs = self.plans.setdefault("graphs", {})
-        problem = SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, graphs, kept)
+        grads = None if direction_D is not None else self.unscaled_grads
+        problem = SampleProblem(
+            self.module, self.layout, self.objective, pinned, wants, direction_D, graphs, kept, grads
+        )
         return sample_moments(problem, self.batches, self.settings.samples)
 
     @cached_property

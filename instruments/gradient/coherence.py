@@ -5,9 +5,9 @@ Shapes: N = examples of the step, L = trained parameter tensors.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+import numpy as np
 
 from instruments.gradient._estimates import jackknife, require_examples
 from instruments.instrument import Estimate, Gauge, Output, Values
@@ -54,14 +54,15 @@ class Coherence(Gauge):
         a_L, q_L = moments.sum_of_squares_L, moments.square_of_sum_L
         a, q = a_L.sum(), q_L.sum()
         a_N, q_N = moments.left_out_totals
-        return {
-            "coherence": Estimate(q / a, jackknife(q_N / a_N)),
-            "pairwise": Estimate(pairwise(a, q, n), jackknife(pairwise(a_N, q_N, n - 1))),
-            "per_layer": q_L / a_L,
-            "pairwise_per_layer": pairwise(a_L, q_L, n),
-        }
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return {
+                "coherence": Estimate(float(q / a), jackknife(q_N / a_N)),
+                "pairwise": Estimate(float(pairwise(a, q, n)), jackknife(pairwise(a_N, q_N, n - 1))),
+                "per_layer": q_L / a_L,
+                "pairwise_per_layer": pairwise(a_L, q_L, n),
+            }
 
 
-def pairwise(a: Tensor, q: Tensor, n: int) -> Tensor:
+def pairwise(a: Any, q: Any, n: int) -> Any:
     """(Q - A) / ((n - 1) A); with one example 0/0, NaN."""
     return (q - a) / ((n - 1) * a)

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from instruments.gradient._estimates import require_examples, variances
 from instruments.instrument import Estimate, Instrument, Output, State, Values
@@ -56,7 +55,7 @@ class EarlyStopping(Instrument):
     def advance(self, view: View, state: State) -> tuple[Values, State]:
         moments = view.moments
         n = require_examples(moments, 4)
-        total, heard = signal_over_noise(moments).tolist()
+        total, heard = signal_over_noise(moments)
         mean = n * total / heard if heard else NAN
         silent = 1 - heard / moments.layout.size
         reading = (1 - mean, 1 - (n - 3) / (n - 1) * mean)
@@ -66,11 +65,12 @@ class EarlyStopping(Instrument):
         return values, {"readings": readings}
 
 
-def signal_over_noise(moments: SampleMoments) -> Tensor:
-    """(2,): sum of gbar_j^2 / s_j^2 over the coordinates whose variance is more than rounding, and their number."""
+def signal_over_noise(moments: SampleMoments) -> tuple[float, int]:
+    """Sum of gbar_j^2 / s_j^2 over the coordinates whose variance is more than rounding, and their number."""
     square_D, variance_D, heard_D = variances(moments)
-    ratio_D = (square_D / (variance_D * heard_D)).nan_to_num_(0.0, 0.0)
-    return torch.stack([ratio_D.sum(dtype=torch.float64), heard_D.sum(dtype=torch.float64)])
+    ratio_D = square_D.div_(variance_D.mul_(heard_D)).nan_to_num_(0.0, 0.0)
+    n = moments.examples
+    return float(ratio_D.sum(dtype=torch.float64)) * (n - 1) / n, int(heard_D.count_nonzero())
 
 
 def pooled_means(readings_K2: Sequence[tuple[float, float]]) -> tuple[Estimate, Estimate]:

@@ -5,10 +5,9 @@ Shapes: N = examples of the step.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from instruments.gradient._estimates import jackknife, require_examples, trace_of
 from instruments.instrument import Estimate, Gauge, Output, Values
@@ -57,25 +56,27 @@ class GradientTests(Gauge):
         moments = view.moments
         n = require_examples(moments, 2)
         assert moments.inner_NL is not None
-        inner_N = moments.inner_NL.double().sum(1)
+        inner_N = moments.inner_N
         a, q = moments.sum_of_squares_L.sum(), moments.square_of_sum_L.sum()
-        square = q / n**2
-        across = (a - inner_N.square().sum() / square) / (n - 1)
         left_out = *moments.left_out_totals, n - 1
-        return {
-            "norm": Estimate(norm_test(a, q, n), jackknife(norm_test(*left_out))),
-            "inner_product": inner_N.var() / (n * square.square()),
-            "orthogonality": across / (n * square),
-            "relative_noise": Estimate(relative_noise(a, q, n), jackknife(relative_noise(*left_out))),
-        }
+        with np.errstate(divide="ignore", invalid="ignore"):
+            square = q / n**2
+            across = (a - inner_N @ inner_N / square) / (n - 1)
+            deviation_N = inner_N - inner_N.sum() / n
+            return {
+                "norm": Estimate(float(norm_test(a, q, n)), jackknife(norm_test(*left_out))),
+                "inner_product": float(deviation_N @ deviation_N / (n - 1) / (n * square**2)),
+                "orthogonality": float(across / (n * square)),
+                "relative_noise": Estimate(float(relative_noise(a, q, n)), jackknife(relative_noise(*left_out))),
+            }
 
 
-def norm_test(a: Tensor, q: Tensor, n: int) -> Tensor:
+def norm_test(a: Any, q: Any, n: int) -> Any:
     """theta^2 of n examples from A and Q = |sum g_i|^2; NaN without a second example."""
-    return n * trace_of(a, q, n) / q if n > 1 else torch.full_like(a, torch.nan)
+    return n * trace_of(a, q, n) / q if n > 1 else a * np.nan
 
 
-def relative_noise(a: Tensor, q: Tensor, n: int) -> Tensor:
+def relative_noise(a: Any, q: Any, n: int) -> Any:
     """x = theta^2 / (1 - theta^2), infinite from theta^2 = 1 on."""
     norm = norm_test(a, q, n)
-    return torch.where(norm < 1, norm / (1 - norm), torch.where(norm.isnan(), torch.nan, torch.inf))
+    return np.where(norm >= 1, np.inf, norm / (1 - norm))

@@ -3,15 +3,16 @@
 Shapes: N = examples of the step, K = readings pooled, L = trained parameter tensors.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from instruments.gradient._estimates import require_examples
+from instruments.gradient._estimates import Array, require_examples
 from instruments.instrument import Estimate, Instrument, Output, State, Values
 from instruments.view import Need, View
 
@@ -65,39 +66,40 @@ class NoiseScale(Instrument):
         return 2.0
 
     def init(self) -> State:
-        return {"pairs": []}
+        return {"pairs": None}
 
     def advance(self, view: View, state: State) -> tuple[Values, State]:
         moments = view.moments
         n = require_examples(moments, 2)
-        a_L, q_L = torch.stack([moments.sum_of_squares_L, moments.square_of_sum_L]).cpu()
-        pair_2L = torch.stack([(a_L - q_L / n) / (n - 1), (q_L - a_L) / (n * (n - 1))])
-        pairs = [pair for pair in state["pairs"] if pair.shape == pair_2L.shape]
-        if pair_2L.isfinite().all():
-            pairs = [*pairs, pair_2L][-self.pool :]
+        a_L, q_L = moments.sum_of_squares_L, moments.square_of_sum_L
+        pair_2L = np.stack([(a_L - q_L / n) / (n - 1), (q_L - a_L) / (n * (n - 1))])
+        known = state["pairs"]
+        pairs_K2L = pair_2L[None][:0] if known is None or known.shape[2:] != a_L.shape else known.numpy()
+        if np.isfinite(pair_2L).all():
+            pairs_K2L = np.concatenate([pairs_K2L, pair_2L[None]])[-self.pool :]
         a, q = float(a_L.sum()), float(q_L.sum())
         trace, squared = pair_2L.sum(1).tolist()
-        totals_K2 = [tuple(pair.sum(1).tolist()) for pair in pairs]
+        totals_K2 = pairs_K2L.sum(2)
         lower, upper = limits(totals_K2)
         values: Values = {
             "noise_scale": pooled_ratio(totals_K2),
             "at_least": lower,
             "at_most": upper,
-            "per_layer": pooled_by_layer(pairs) if pairs else torch.full_like(a_L, torch.nan),
+            "per_layer": pooled_by_layer(pairs_K2L),
             "norm_test": trace * n / q if q > 0 else float("nan"),
             "sum_of_squared_norms": a,
             "squared_norm_of_sum": q,
             "trace_of_covariance": trace,
             "squared_gradient": squared,
         }
-        return values, {"pairs": pairs}
+        return values, {"pairs": torch.from_numpy(pairs_K2L)}
 
 
-def pooled_ratio(pairs_K2: Sequence[tuple[float, ...]]) -> Estimate:
+def pooled_ratio(pairs_K2: npt.ArrayLike) -> Estimate:
     """sum S^2 / sum G^2 with its jackknife standard error over the pooled readings."""
-    if not pairs_K2:
+    pairs = np.asarray(pairs_K2, dtype=float)
+    if not len(pairs):
         return Estimate(float("nan"), float("nan"))
-    pairs = np.array(pairs_K2, dtype=float)
     total = pairs.sum(0)
     if total[1] <= 0:
         return Estimate(float("inf"), float("nan"))
@@ -112,28 +114,30 @@ def pooled_ratio(pairs_K2: Sequence[tuple[float, ...]]) -> Estimate:
     return Estimate(float(total[0] / total[1]), float(np.sqrt(variance)))
 
 
-def pooled_by_layer(pairs_K2L: Sequence[Tensor]) -> Tensor:
+def pooled_by_layer(pairs_K2L: Array) -> Array:
     """(L,): sum S^2 / sum G^2 of each parameter tensor; infinite where G^2 is not positive, NaN where both are zero."""
-    trace_L, squared_L = torch.stack(list(pairs_K2L)).sum(0)
-    ratio_L = torch.where(squared_L > 0, trace_L / squared_L, torch.inf)
-    return torch.where((trace_L == 0) & (squared_L == 0), torch.nan, ratio_L)
+    trace_L, squared_L = pairs_K2L.sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio_L = np.where(squared_L > 0, trace_L / squared_L, np.inf)
+    return np.where((trace_L == 0) & (squared_L == 0), np.nan, ratio_L)
 
 
-def limits(pairs_K2: Sequence[tuple[float, ...]]) -> tuple[float, float]:
+def limits(pairs_K2: npt.ArrayLike) -> tuple[float, float]:
     """Fieller's limits of E S^2 / E G^2: all B for which S^2 - B G^2 is within two standard errors of 0.
 
     They are the roots of a B^2 - 2 b B + c with a = G^2^2 - w^2 var(G^2), b = S^2 G^2 - w^2 cov, c = S^2^2 - w^2
     var(S^2) of the means. a < 0 means that the interval of G^2 contains 0: no upper limit, and the formula of the lower
     one stays the same. Unknown (NaN) before the second reading.
     """
-    k = len(pairs_K2)
+    pairs = np.asarray(pairs_K2, dtype=float)
+    k = len(pairs)
     if k < 2:
         return float("nan"), float("nan")
-    pairs = np.array(pairs_K2, dtype=float)
-    trace, squared = pairs.mean(0)
-    error = WIDTH**2 * np.cov(pairs.T) / k
+    trace, squared = mean = pairs.sum(0) / k
+    away_K2 = pairs - mean
+    error = WIDTH**2 * (away_K2.T @ away_K2) / (k - 1) / k
     a, b, c = squared**2 - error[1, 1], trace * squared - error[0, 1], trace**2 - error[0, 0]
-    root = np.sqrt(max(b * b - a * c, 0.0))
+    root = math.sqrt(max(b * b - a * c, 0.0))
     if squared <= 0 < a:
         return float("inf"), float("inf")
     lower = max(c, 0.0) / (b + root) if b + root > 0 else 0.0

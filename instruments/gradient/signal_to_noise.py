@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+import numpy as np
 
 from instruments.gradient._estimates import jackknife, lowest_median, require_examples, trace_of, variances
 from instruments.instrument import Estimate, Gauge, Output, Values
@@ -50,17 +50,20 @@ class SignalToNoise(Gauge):
         moments = view.moments
         n = require_examples(moments, 2)
         square_D, variance_D, heard_D = variances(moments)
-        heard = heard_D.sum(dtype=torch.float64)
-        ratio_D = square_D.div_(variance_D.mul_(heard_D)).sub_(1 / n)  # infinite or NaN where nothing is heard
-        noise_L = trace_of(moments.sum_of_squares_L, moments.square_of_sum_L, n)
-        signal_L = moments.square_of_sum_L / n**2 - noise_L / n
+        heard = int(heard_D.count_nonzero())
+        # The de-biased ratio is this one times (n - 1)/n less 1/n; infinite or NaN where nothing is heard.
+        ratio_D = square_D.div_(variance_D.mul_(heard_D))
+        a_L, q_L = moments.sum_of_squares_L, moments.square_of_sum_L
         (left_A_N, left_Q_N), m = moments.left_out_totals, n - 1
-        left_out_N = (
-            (left_Q_N - left_A_N) / (m * (m - 1)) / trace_of(left_A_N, left_Q_N, m) if n > 2 else left_A_N * NAN
-        )
-        return {
-            "aggregate": Estimate(signal_L.sum() / noise_L.sum(), jackknife(left_out_N)),
-            "median": torch.where(heard > 0, lowest_median(ratio_D, heard), NAN),
-            "per_layer": signal_L / noise_L,
-            "silent": 1 - heard / moments.layout.size,
-        }
+        with np.errstate(divide="ignore", invalid="ignore"):
+            noise_L = trace_of(a_L, q_L, n)
+            signal_L = q_L / n**2 - noise_L / n
+            left_out_N = left_A_N * NAN
+            if n > 2:
+                left_out_N = (left_Q_N - left_A_N) / (m * (m - 1)) / trace_of(left_A_N, left_Q_N, m)
+            return {
+                "aggregate": Estimate(float(signal_L.sum() / noise_L.sum()), jackknife(left_out_N)),
+                "median": lowest_median(ratio_D, heard) * (n - 1) / n - 1 / n if heard else NAN,
+                "per_layer": signal_L / noise_L,
+                "silent": 1 - heard / moments.layout.size,
+            }

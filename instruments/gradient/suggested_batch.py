@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, optim
+import numpy as np
+from torch import optim
 
 from instruments.gradient._estimates import jackknife, require_examples, trace_of
 from instruments.instrument import Estimate, Gauge, Output, Values
@@ -58,9 +58,8 @@ class SuggestedBatch(Gauge):
         rate_of = {state.name: rates_P[state.group_number] for state in view.states}
         if not rate_of:
             raise Refusal("no optimizer of this run holds a trained parameter, so there is no learning rate.")
-        rate_L = torch.tensor([rate_of.get(name, 0.0) for name in moments.layout.names], dtype=torch.float64)
-        rate_L = rate_L.to(moments.mean_D.device)
-        losses_N = view.losses_N.double() - self.minimum
+        rate_L = np.array([rate_of.get(name, 0.0) for name in moments.layout.names])
+        losses_N = view.losses_N.double().cpu().numpy() - self.minimum
         total = losses_N.sum()
         if total <= 0:
             raise Refusal(
@@ -68,17 +67,17 @@ class SuggestedBatch(Gauge):
                 "pass the least value that the loss can take as `minimum`."
             )
 
-        def suggested(a: Tensor, q: Tensor, loss: Tensor, count: int) -> Tensor:
+        def suggested(a: Any, q: Any, loss: Any, count: int) -> Any:
             return (rate_L * trace_of(a, q, count)).sum(-1) / loss
 
-        value = suggested(moments.sum_of_squares_L, moments.square_of_sum_L, total / n, n)
-        error = value.new_tensor(torch.nan)
+        value, error = suggested(moments.sum_of_squares_L, moments.square_of_sum_L, total / n, n), np.nan
         if n > 2:
-            error = jackknife(suggested(*moments.left_out_sums, (total - losses_N) / (n - 1), n - 1))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                error = jackknife(suggested(*moments.left_out_sums, (total - losses_N) / (n - 1), n - 1))
         momentum = any(group["momentum"] for _, group in groups)
         view.meter.provenance["step_size"] = "lr (1 - dampening) / (1 - momentum)" if momentum else "lr"
-        rates = torch.tensor(rates_P, dtype=torch.float64)
-        return {"suggested_batch": Estimate(value, error), "effective_rate": rates}
+        rates = np.array(rates_P, dtype=float)
+        return {"suggested_batch": Estimate(float(value), error), "effective_rate": rates}
 
 
 def effective_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float:

@@ -9,6 +9,7 @@ Shapes: N = examples, n = some of them, T = positions of an example, G = groups,
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -39,6 +40,12 @@ class Factor(ABC):
     @abstractmethod
     def along(self, direction: Tensor) -> Tensor:
         """(N,): <g_i, direction> alone, without the gradients."""
+
+    def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Two vectors that are equal where the gradients of all examples add up to `whole`, and otherwise differ with
+        certainty, but for rounding: both multiplied by the same fixed random unit vectors (Freivalds 1977). At most a
+        few products of a matrix with a vector; None where it cannot be had so."""
+        return None
 
     @property
     def bytes(self) -> int:
@@ -80,6 +87,9 @@ class Direct(Factor):
     def along(self, direction: Tensor) -> Tensor:
         return self.grads.reshape(len(self.grads), -1) @ direction.reshape(-1).to(self.grads.dtype)
 
+    def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        return self.grads.sum(0).reshape(-1), whole.reshape(-1).to(self.grads.dtype)
+
 
 @dataclass(frozen=True)
 class Outer(Factor):
@@ -100,6 +110,15 @@ class Outer(Factor):
             inner_R = _bilinear(self.a_NGTp.reshape(-1, p), v_Gpq[0], self.b_NGTq.reshape(-1, q))
             return inner_R.view(n, positions).sum(1)
         return ((self.a_NGTp @ v_Gpq) * self.b_NGTq).sum((1, 2, 3))
+
+    def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        _, groups, _, p = self.a_NGTp.shape
+        q = self.b_NGTq.shape[3]
+        r_q = unit_normal(q, self.b_NGTq)
+        w_Gpq = whole.reshape(groups, p, q).to(r_q.dtype)
+        if groups == 1:
+            return self.a_NGTp.reshape(-1, p).T @ (self.b_NGTq.reshape(-1, q) @ r_q), w_Gpq[0] @ r_q
+        return torch.einsum("ngtp,ngt->gp", self.a_NGTp, self.b_NGTq @ r_q).reshape(-1), (w_Gpq @ r_q).reshape(-1)
 
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         _, groups, positions, p = self.a_NGTp.shape
@@ -174,6 +193,11 @@ class Lookup(Factor):
         v_Uq = direction.reshape(self.shape)[self.row_U].to(self.grads_Uq)
         return self.grads_Uq.new_zeros(self.examples).index_add_(0, self.example_U, (self.grads_Uq * v_Uq).sum(1))
 
+    def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        r_q = unit_normal(self.shape[1], self.grads_Uq)
+        sum_V = r_q.new_zeros(self.shape[0]).index_add_(0, self.row_U, self.grads_Uq @ r_q)
+        return sum_V, whole.reshape(self.shape).to(r_q.dtype) @ r_q
+
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         pair_U, place_U = torch.unique(self.example_U * self.shape[0] + self.row_U, return_inverse=True)
         example_U, row_U = pair_U // self.shape[0], pair_U % self.shape[0]
@@ -234,6 +258,19 @@ class Convolved(Factor):
         weight = direction.reshape(self.shape).to(x.dtype)
         result: Tensor = torch.ops.aten.convolution(x, weight, None, *self.settings, self.groups)
         return (result * delta).reshape(len(self.inputs), -1).sum(1)
+
+    def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Channels are contracted to one on either side, which leaves a convolution of one channel."""
+        if self.groups > 1:
+            return None
+        x, delta = (t.flatten(0, 1) for t in (self.inputs, self.deltas))  # (images, channels, *space)
+        r_x, r_delta = (unit_normal(t.shape[1], t) for t in (x, delta))
+        one = whole.new_empty((1, 1, *self.shape[2:]), dtype=x.dtype)
+        contracted = [torch.tensordot(t, r, ([1], [0])).unsqueeze(1) for t, r in ((delta, r_delta), (x, r_x))]
+        grads = torch.ops.aten.convolution_backward(*contracted, one, None, *self.settings, 1, [False, True, False])
+        first, second = (r_x, r_delta) if self.settings[3] else (r_delta, r_x)  # transposed: (in, out, *kernel)
+        w = torch.tensordot(torch.tensordot(first, whole.reshape(self.shape).to(x.dtype), 1), second, ([0], [0]))
+        return grads[1].reshape(-1), w.reshape(-1)
 
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         return in_chunks(self.rows, self.inputs, len(self.inputs), prod(self.shape), wants, direction)
@@ -299,6 +336,17 @@ def in_chunks(
     return Statistics(
         torch.cat(norms), squares_d, torch.cat(inner) if inner else None, torch.cat(gram) if gram else None
     )
+
+
+@cache
+def _unit_normal(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    r = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    return (r / r.norm().clamp_min(1e-300)).to(device=device, dtype=dtype)
+
+
+def unit_normal(size: int, like: Tensor) -> Tensor:
+    """A random unit vector, always the same for its size."""
+    return _unit_normal(size, like.dtype, like.device)
 
 
 def _inner(a_Np: Tensor, b_Nq: Tensor) -> Tensor:

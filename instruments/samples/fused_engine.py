@@ -9,38 +9,45 @@ those without a rule, are left to torch.func or to one backward an example.
 Shapes: N = examples of one batch, D = trainable scalars.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from instruments.objective import Batch, Parts, Undefined, no_examples
 from instruments.refusal import Refusal
 from instruments.samples import func_engine, loop_engine
 from instruments.samples.axes import ExampleAxis, Profile, find_axes, profile
 from instruments.samples.factors import Factor, Together, blocks
-from instruments.samples.graph import Node, Use, find_uses
+from instruments.samples.graph import Node, Use, deepest, find_uses
 from instruments.samples.independence import refuse_hidden_parameters
 from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
 from instruments.samples.rules import RULES, factor
 
 AGREE = {torch.float64: 1e-8, torch.float32: 1e-3}
 COARSE = 5e-2  # of half precision
+MEAN_AGREES = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Of the gradient of training with the mean of the g_i, relative to its size."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is known of a graph: where the examples are in each use's result, and which parameters go elsewhere.
 
-    `certain`: no other layout would fit what was seen, so that it holds for other numbers too.
+    `certain`: no other layout would fit what was seen, so that it holds for other numbers too. `deepest`: the uses that
+    a backward pass has to reach. `trains_on`: whether the gradient of the training step may be the mean of the g_i.
     """
 
     axes: tuple[ExampleAxis | None, ...]
     elsewhere: frozenset[int]
     certain: bool
+    deepest: tuple[int, ...]
+    trains_on: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,11 @@ class Check:
 
 
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
-    """One forward and one backward, and, for a graph that was not seen before, three backward passes to check."""
+    """One forward and one backward, and, for a graph that was not seen before, three backward passes to check.
+
+    Where the gradient that training has computed is the mean of the g_i, the backward pass stops at the operations that
+    use parameters: the gradients of these, a third of the pass, are there already.
+    """
     with torch.enable_grad(), problem.running(differentiable=False):
         parts = problem.objective.parts(problem.module, batch)
         if parts.sums_N is None:
@@ -66,20 +77,32 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
         plan, checks = (known, []) if known is not None else _explore(problem, parts, uses)
         if reorders or known is None:
             checks.append(_check(problem, parts.sums_N, _mixed(parts.sums_N)))
-        work = _Backward(problem, uses, plan, parts.examples, checks)
-        sum_D, found = work.run(parts.total)
-        if problem.kept is not None:
-            problem.kept.losses_N = (parts.sums_N * (parts.examples / parts.denominator)).detach()
-            problem.kept.unit = parts.examples / parts.denominator
+        shortened = not checks and _may_stop_early(problem, plan, uses)
+        mean_D = problem.layout.join(problem.grads) if shortened and problem.grads is not None else None
+        work = _Backward(problem, uses, plan, parts, checks, mean_D)
+        sum_D, found = work.run()
+    if mean_D is not None and not work.adds_up():
+        if bool(torch.isfinite(mean_D).all()):  # a gradient that overflowed says nothing of the next
+            problem.plans[key] = replace(plan, trains_on=False)
+        return moments(replace(problem, grads=None), batch)
     if checks:
         found = {index: found[index] for index in work.agreeing()}
         if problem.kept is not None and len(found) < len(problem.layout.params):
-            problem.kept.factors.clear()
+            problem.kept.clear()
     plan = replace(plan, elsewhere=frozenset(range(len(problem.layout.params))) - found.keys())
     if known is None and plan.certain and bool(torch.isfinite(sum_D).all()):
         problem.plans[key] = plan
-    whole = BatchMoments.of(problem, _filled(problem, parts.examples, found), sum_D, parts.denominator, "fused")
+    engine = "fused" if mean_D is None else "fused, mean from .grad"
+    statistics = _filled(problem, parts.examples, found)
+    whole = BatchMoments.of(problem, statistics, sum_D, parts.denominator, engine, averaged=mean_D is not None)
     return whole if not plan.elsewhere else _with_others(problem, batch, plan.elsewhere, whole)
+
+
+def _may_stop_early(problem: SampleProblem, plan: Plan, uses: Sequence[Use]) -> bool:
+    """Whether `.grad` is there, and every parameter is used once and has a rule."""
+    if problem.grads is None or not plan.trains_on or plan.elsewhere:
+        return False
+    return len({use.index for use in uses}) == len(uses) == len(problem.layout.params)
 
 
 def _check(problem: SampleProblem, losses_N: Tensor, weight_N: Tensor) -> Check:
@@ -121,7 +144,7 @@ def _explore(problem: SampleProblem, parts: Parts, uses: Sequence[Use]) -> tuple
     without = {use.index for use in uses if axes[use.node] is None or use.name not in RULES}
     # Where the loss of an example reached nothing, zeros were seen, which say nothing of another step.
     certain = all(_reached(seen[node], len(checks)) and len(fitting[node]) < 2 + (n == 1) for node in seen)
-    return Plan(tuple(axes[use.node] for use in uses), frozenset(without), certain), checks
+    return Plan(tuple(axes[use.node] for use in uses), frozenset(without), certain, deepest(uses)), checks
 
 
 def _reached(found: Sequence[tuple[int, Profile]], examples: int) -> bool:
@@ -129,34 +152,49 @@ def _reached(found: Sequence[tuple[int, Profile]], examples: int) -> bool:
 
 
 class _Backward:
-    """One backward pass with hooks on the operations that use parameters."""
+    """One backward pass with hooks on the operations that use parameters.
+
+    `mean_D` is the gradient that training has computed, where the pass is to stop early. Without it, and where inner
+    products with the sum are wanted, a parameter waits until its operation has run and its own gradient is there.
+    """
 
     def __init__(
-        self, problem: SampleProblem, uses: Sequence[Use], plan: Plan, examples: int, checks: Sequence[Check]
+        self,
+        problem: SampleProblem,
+        uses: Sequence[Use],
+        plan: Plan,
+        parts: Parts,
+        checks: Sequence[Check],
+        mean_D: Tensor | None,
     ) -> None:
-        self._problem, self._examples, self._checks = problem, examples, checks
+        self._problem, self._parts, self._checks = problem, parts, checks
         self._by_parameter: dict[int, list[int]] = {}
         for number, use in enumerate(uses):
             self._by_parameter.setdefault(use.index, []).append(number)
-        self._uses, self._plan = uses, plan
+        self._uses, self._plan, self._mean_D = uses, plan, mean_D
         self._factors: dict[int, Factor | None] = {}
         self._found: dict[int, Statistics] = {}
         self._sums: dict[int, Tensor] = {}
-        given = problem.direction_D
-        self._given = None if given is None else flat_pieces(problem.layout, given)
+        self._sketches: list[tuple[int, Tensor, Tensor]] = []
+        direction_D = problem.direction_D if mean_D is None else mean_D
+        self._given = None if direction_D is None else flat_pieces(problem.layout, direction_D)
+        self._waits = self._given is None and "inner_products" in problem.wants
+        if problem.kept is not None:
+            problem.kept.clear()
+            problem.kept.unit = parts.examples / parts.denominator
+            assert parts.sums_N is not None
+            problem.kept.losses_N = (parts.sums_N * problem.kept.unit).detach()
 
-    def run(self, total: Tensor) -> tuple[Tensor, dict[int, Statistics]]:
-        """sum g_i over all parameters, and the statistics of those parameters that could be read."""
-        handles, params = [], self._problem.layout.params
-        numbers: dict[Node, list[int]] = {}
-        for number, use in enumerate(self._uses):
-            if use.index not in self._plan.elsewhere:
-                numbers.setdefault(use.node, []).append(number)
-        for node, mine in numbers.items():
-            handles.append(node.register_prehook(lambda grads, mine=mine: self._before(mine, grads)))
-            handles.append(node.register_hook(lambda out, grads, mine=mine: self._after(mine, out)))
+    def run(self) -> tuple[Tensor, dict[int, Statistics]]:
+        """sum g_i over all parameters (their mean, where that is known), and the statistics of those parameters that
+        could be read."""
+        params, total = self._problem.layout.params, self._parts.total
+        handles = self._hooks()
         try:
-            grads = torch.autograd.grad(total, params, allow_unused=True)
+            if self._mean_D is None:
+                grads = torch.autograd.grad(total, params, allow_unused=True)
+            else:
+                self._stop_early()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # tensors that may be looked at only once, such as those of a checkpoint
@@ -164,20 +202,60 @@ class _Backward:
         finally:
             for handle in handles:
                 handle.remove()
+        if self._mean_D is not None:
+            return self._mean_D, self._found
         with torch.no_grad():
             for index, p in enumerate(params):
                 if index not in self._plan.elsewhere and index not in self._found:
                     self._finish(index, p, grads[index])
         return self._problem.layout.join(grads), self._found
 
-    def _before(self, mine: Sequence[int], grads: tuple[Tensor | None, ...]) -> None:
+    def _hooks(self) -> list[Any]:
+        handles = []
+        for node, mine in self._numbers(range(len(self._uses))).items():
+            handles.append(node.register_prehook(lambda grads, mine=mine: self._before(mine, grads[0])))
+            if self._waits:
+                handles.append(node.register_hook(lambda out, grads, mine=mine: self._after(mine, out)))
+        return handles
+
+    def _numbers(self, some: Iterable[int]) -> dict[Node, list[int]]:
+        """Uses by their operation."""
+        numbers: dict[Node, list[int]] = {}
+        for number in some:
+            if self._uses[number].index not in self._plan.elsewhere:
+                numbers.setdefault(self._uses[number].node, []).append(number)
+        return numbers
+
+    def _stop_early(self) -> None:
+        """The deepest operations are reached and not run: no hook of theirs is called."""
+        last = self._numbers(self._plan.deepest)
+        edges = [GradientEdge(node, 0) for node in last]
+        deltas = torch.autograd.grad(self._parts.total, edges, allow_unused=True)
+        with torch.no_grad():
+            for mine, delta in zip(last.values(), deltas, strict=True):
+                self._before(mine, delta)
+            for number, made in self._factors.items():
+                if made is not None:
+                    self._read(self._uses[number], made)
+
+    def _before(self, mine: Sequence[int], delta: Tensor | None) -> None:
         """The operation is about to run backward: what it saved is still there."""
-        if grads[0] is None:
+        if delta is None:
             return
         for number in mine:
-            axis = self._plan.axes[number]
+            use, axis = self._uses[number], self._plan.axes[number]
             assert axis is not None
-            self._factors[number] = factor(self._uses[number], axis, grads[0])
+            made = factor(use, axis, delta)
+            now = not self._waits and (self._mean_D is None or not use.chain)
+            if made is None or not now or len(self._by_parameter[use.index]) > 1:
+                self._factors[number] = made
+            else:
+                self._read(use, made)
+
+    def _seen(self, use: Use) -> Tensor:
+        """The given direction as the operation sees it."""
+        assert self._given is not None
+        return use.from_parameter(self._given[use.index].view(self._problem.layout.params[use.index].shape))
 
     def _after(self, mine: Sequence[int], out: tuple[Tensor | None, ...]) -> None:
         """The gradient of the whole batch is there too: a parameter that is used once is done with."""
@@ -185,23 +263,44 @@ class _Backward:
             use, made = self._uses[number], self._factors.get(number)
             if made is None or len(self._by_parameter[use.index]) > 1:
                 continue
-            direction = None
-            if "inner_products" in self._problem.wants:
-                direction = self._direction(use, made, out[use.slot])
-            found = made.statistics(self._problem.wants, direction)
-            self._found[use.index] = use.statistics_to_parameter(found)
-            if self._problem.kept is not None:
-                self._problem.kept.keep(use.index, use, made)
-            if self._checks:
-                self._sums[use.index] = use.rows_to_parameter(self._weighted(made).view(-1, *use.shape))
+            whole = out[use.slot]
+            if use.flipped and whole is not None:
+                whole = whole.mT
+            if whole is None or tuple(whole.shape) != use.shape or whole.layout is not torch.strided:
+                whole = made.rows(slice(None)).sum(0)
+            self._read(use, made, whole)
             del self._factors[number]
 
-    def _direction(self, use: Use, made: Factor, whole: Tensor | None) -> Tensor:
-        if self._given is not None:
-            return use.from_parameter(self._given[use.index].view(self._problem.layout.params[use.index].shape))
-        if whole is not None and tuple(whole.shape) == use.shape and whole.layout is torch.strided:
-            return whole
-        return made.rows(slice(None)).sum(0)
+    def _read(self, use: Use, made: Factor, direction: Tensor | None = None) -> None:
+        """All that is wanted of a parameter that is used once."""
+        if direction is None and self._given is not None and "inner_products" in self._problem.wants:
+            direction = self._seen(use)
+        found = made.statistics(self._problem.wants, direction)
+        self._found[use.index] = use.statistics_to_parameter(found)
+        if self._problem.kept is not None:
+            self._problem.kept.keep(use.index, use, made)
+        if self._checks:
+            self._sums[use.index] = use.rows_to_parameter(self._weighted(made).view(-1, *use.shape))
+        if self._mean_D is not None:
+            sketch = made.sketch(self._seen(use) if direction is None else direction)
+            if sketch is not None and len(sketch[0]):
+                self._sketches.append((use.index, *sketch))
+
+    def adds_up(self) -> bool:
+        """Whether what was taken for the mean of the g_i is their mean: random contractions of both agree, for every
+        parameter, to what single examples leave of rounding."""
+        if len(self._sketches) < len(self._problem.layout.params):
+            return False
+        each_L = torch.stack([self._found[index].norms_sq_N.sum() for index, _, _ in self._sketches])
+        sums, wholes = (torch.cat([sketch[k] for sketch in self._sketches]) for k in (1, 2))
+        each, total, whole, denominator = (
+            np.asarray(t.double().cpu()) for t in (each_L, sums, wholes, torch.as_tensor(self._parts.denominator))
+        )
+        starts = np.cumsum([0, *(len(sketch[1]) for sketch in self._sketches[:-1])])
+        errors, sizes = (np.sqrt(np.add.reduceat(v * v, starts)) for v in (total / denominator - whole, whole))
+        spread = np.sqrt(self._parts.examples * each) / denominator
+        allowed = MEAN_AGREES[self._problem.layout.dtype] * (sizes + 1e-3 * spread) + 1e-30
+        return bool((errors <= allowed).all())
 
     def _finish(self, index: int, p: Tensor, grad: Tensor | None) -> None:
         """A parameter that is used several times, or not at all."""
@@ -210,7 +309,7 @@ class _Backward:
         present = [part for part in parts if part is not None]
         if len(present) < len(parts):
             return
-        made = Together([self._uses[number] for number in numbers], present, self._examples, p)
+        made = Together([self._uses[number] for number in numbers], present, self._parts.examples, p)
         direction = None
         if "inner_products" in self._problem.wants:
             whole = torch.zeros_like(p) if grad is None else grad.to_dense()
@@ -226,7 +325,7 @@ class _Backward:
         weight_KN = torch.stack([check.weight_N for check in self._checks])
         each = made.rows(slice(0, 1))
         total = each.new_zeros(len(weight_KN), each.numel())
-        for some in blocks(self._examples, each.numel(), each):
+        for some in blocks(self._parts.examples, each.numel(), each):
             total += weight_KN[:, some].to(each.dtype) @ made.rows(some).flatten(1)
         return total
 

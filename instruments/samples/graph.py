@@ -6,6 +6,7 @@ same. Between parameter and operation may stand views (a transpose, a slice), wh
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +28,17 @@ VIEWS = frozenset(
 """Operations that only rearrange or drop elements: norms and inner products of gradients pass through them."""
 
 
+PRODUCTS = ("AddmmBackward0", "MmBackward0")
+"""Products of two matrices."""
+
+
 @dataclass(frozen=True)
 class Use:
     """One operation that takes parameter `index` as its input number `slot`, through the views of `chain`.
 
-    `chain` goes from the operation to the parameter; each entry is a node and which of its outputs is used.
+    `chain` goes from the operation to the parameter; each entry is a node and which of its outputs is used. `shape` is
+    that of what the operation takes. Where `flipped`, a matrix product takes the transpose of that, which is no part of
+    the chain: the rules give what they find in the other order, so that nothing of the size of a weight is turned.
     """
 
     index: int
@@ -39,13 +46,15 @@ class Use:
     slot: int
     chain: tuple[tuple[Node, int], ...]
     shape: tuple[int, ...]
+    flipped: bool = False
 
-    @property
+    @cached_property
     def name(self) -> str:
         return str(self.node.name())
 
     def to_parameter(self, gradient: Tensor) -> Tensor:
-        """From the gradient of what the operation takes to that of the parameter: the backward of the views."""
+        """From the gradient of what the operation takes to that of the parameter: the backward of the views, which
+        cannot be asked while a backward pass runs that does not go through them."""
         for node, output in self.chain:
             given: list[Tensor | None] = [None] * len(node._input_metadata)
             given[output] = gradient
@@ -55,8 +64,8 @@ class Use:
 
     def from_parameter(self, direction: Tensor) -> Tensor:
         """A direction of the parameter as the operation sees it: the views themselves, as the adjoint of the above."""
-        if all(node.name() == "TBackward0" for node, _ in self.chain):
-            return direction.T if len(self.chain) % 2 else direction
+        if not self.chain:
+            return direction
         with torch.enable_grad():
             zero = torch.zeros(self.shape, dtype=direction.dtype, device=direction.device, requires_grad=True)
             moved = self.to_parameter(zero)
@@ -92,7 +101,8 @@ def find_uses(root: Node, params: Sequence[Tensor]) -> Uses:
 
     Raises Refusal where a reentrant checkpoint hides parameters.
     """
-    names: list[tuple[str, object]] = []
+    names: list[str] = []
+    shapes: list[tuple[tuple[int, ...], ...]] = []
     consumers: dict[Node, list[tuple[Node, int, int]]] = {}
     leaves: dict[int, Node] = {}
     custom, waiting = False, [root]
@@ -102,8 +112,9 @@ def find_uses(root: Node, params: Sequence[Tensor]) -> Uses:
         if hasattr(node, "variable"):
             leaves[id(node.variable)] = node
             continue
-        names.append((node.name(), [about.shape for about in node._input_metadata]))
-        custom |= isinstance(node, torch.autograd.function.BackwardCFunction)
+        names.append(node.name())
+        shapes.append(tuple([tuple(about.shape) for about in node._input_metadata]))
+        custom = custom or isinstance(node, torch.autograd.function.BackwardCFunction)
         for slot, (below, output) in enumerate(node.next_functions):
             if below is None:
                 continue
@@ -113,7 +124,7 @@ def find_uses(root: Node, params: Sequence[Tensor]) -> Uses:
                 waiting.append(below)
             else:
                 users.append((node, slot, output))
-    kinds = {name for name, _ in names}
+    kinds = set(names)
     if REENTRANT in kinds:
         raise hidden_parameters()
     reorders = custom or any(name.startswith(REORDERING) for name in kinds)
@@ -122,8 +133,8 @@ def find_uses(root: Node, params: Sequence[Tensor]) -> Uses:
         leaf = leaves.get(id(p))
         if leaf is not None:
             _climb(index, leaf, (), tuple(p.shape), consumers, uses)
-    chains = [(u.index, u.slot, u.name, u.shape, [(str(node.name()), out) for node, out in u.chain]) for u in uses]
-    return Uses(uses, hash(repr((names, chains))), reorders)
+    chains = tuple((u.index, u.slot, u.name, u.flipped, u.shape, tuple((n.name(), out) for n, out in u.chain)) for u in uses)
+    return Uses(uses, hash((tuple(names), tuple(shapes), chains)), reorders)
 
 
 def _climb(
@@ -142,5 +153,32 @@ def _climb(
         if node.name() in VIEWS:
             for out, about in enumerate(node._input_metadata):
                 _climb(index, node, ((node, out), *chain), tuple(about.shape), consumers, uses, out)
+            continue
+        flipped = bool(chain) and node.name() in PRODUCTS and chain[0][0].name() == "TBackward0"
+        if flipped:
+            uses.append(Use(index, node, slot, chain[1:], shape[::-1], True))
         else:
             uses.append(Use(index, node, slot, chain, shape))
+
+
+def deepest(uses: Sequence[Use]) -> tuple[int, ...]:
+    """The numbers of those uses below whose operation no other one uses a parameter: a backward pass that reaches all
+    of them has passed all the others."""
+    nodes = {use.node for use in uses}
+    above: dict[Node, bool] = {}
+
+    def uses_below(start: Node) -> bool:
+        """Whether any operation in `nodes` is below; without recursion, as graphs are as deep as models."""
+        waiting = [start]
+        while waiting:
+            node = waiting[-1]
+            below = [n for n, _ in node.next_functions if n is not None]
+            unknown = [n for n in below if n not in above]
+            if unknown:
+                waiting += unknown
+                continue
+            above[node] = any(n in nodes or above[n] for n in below)
+            waiting.pop()
+        return above[start]
+
+    return tuple(number for number, use in enumerate(uses) if not uses_below(use.node))

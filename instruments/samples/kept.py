@@ -43,6 +43,10 @@ class KeptFactors:
         else:
             self.factors[index] = use, factor.kept(self.storages)
 
+    def clear(self) -> None:
+        """For a pass that begins anew."""
+        self.factors, self.bytes = {}, 0
+
     def complete(self, layout: Layout) -> bool:
         """Whether every parameter tensor is here."""
         return len(self.factors) == len(layout.params)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from instruments.samples import backpack_engine, func_engine, fused_engine, loop
 from instruments.samples.independence import refuse_hidden_parameters
 from instruments.samples.problem import BatchMoments, Engine, SampleProblem, flat_pieces
 
+Array = npt.NDArray[np.float64]
 EngineName = Literal["auto", "fused", "backpack", "torch.func", "loop"]
 ENGINES: dict[str, Engine] = {
     "fused": fused_engine.moments,
@@ -56,35 +59,52 @@ class SampleMoments:
     def norms_sq_N(self) -> Tensor:
         return self.norms_sq_NL.sum(1)
 
-    @cached_property
-    def sum_of_squares_L(self) -> Tensor:
-        """A = sum over examples of |g_i|^2, by parameter tensor, in float64."""
-        return self.norms_sq_NL.double().sum(0)
+    # What follows is small and on the host, in float64: one transfer for all who ask.
 
     @cached_property
-    def square_of_sum_L(self) -> Tensor:
-        """Q = |sum over examples of g_i|^2, by parameter tensor, in float64."""
+    def _norms_sq_NL(self) -> Array:
+        return _on_host(self.norms_sq_NL)
+
+    @cached_property
+    def _inner_NL(self) -> Array:
+        assert self.inner_NL is not None
+        return _on_host(self.inner_NL)
+
+    @cached_property
+    def inner_N(self) -> Array:
+        """<g_i, mean>, (N,); needs `inner_NL`."""
+        return self._inner_NL.sum(1)
+
+    @cached_property
+    def sum_of_squares_L(self) -> Array:
+        """A = sum over examples of |g_i|^2, by parameter tensor."""
+        return self._norms_sq_NL.sum(0)
+
+    @cached_property
+    def square_of_sum_L(self) -> Array:
+        """Q = |sum over examples of g_i|^2, by parameter tensor."""
         norms = torch._foreach_norm(list(flat_pieces(self.layout, self.mean_D)), dtype=torch.float64)
-        return (self.examples * torch.stack(norms)).square_()
+        return np.square(self.examples * torch.stack(norms).cpu().numpy())
 
     @cached_property
-    def left_out_sums(self) -> tuple[Tensor, Tensor]:
-        """A and Q by parameter tensor without each example in turn, (N, L) both, in float64; needs `inner_NL`.
+    def left_out_sums(self) -> tuple[Array, Array]:
+        """A and Q by parameter tensor without each example in turn, (N, L) both; needs `inner_NL`.
 
         Without example i they are A - a_i and Q - 2 N <g_i, mean> + a_i: no further pass over the model.
         """
-        assert self.inner_NL is not None
-        a_NL = self.norms_sq_NL.double()
-        q_NL = self.square_of_sum_L - 2 * self.examples * self.inner_NL.double() + a_NL
-        return self.sum_of_squares_L - a_NL, q_NL
+        a_NL = self._norms_sq_NL
+        return self.sum_of_squares_L - a_NL, self.square_of_sum_L - 2 * self.examples * self._inner_NL + a_NL
 
     @cached_property
-    def left_out_totals(self) -> tuple[Tensor, Tensor]:
+    def left_out_totals(self) -> tuple[Array, Array]:
         """The same over all parameters together, (N,) both."""
-        assert self.inner_NL is not None
-        a_N = self.norms_sq_NL.double().sum(1)
-        q_N = self.square_of_sum_L.sum() - 2 * self.examples * self.inner_NL.double().sum(1) + a_N
-        return a_N.sum() - a_N, q_N
+        a_N = self._norms_sq_NL.sum(1)
+        return a_N.sum() - a_N, self.square_of_sum_L.sum() - 2 * self.examples * self.inner_N + a_N
+
+
+def _on_host(t: Tensor) -> Array:
+    array: Array = t.double().cpu().numpy()
+    return array
 
 
 def sample_moments(problem: SampleProblem, batches: Sequence[Batch], engine: EngineName = "auto") -> SampleMoments:
@@ -122,6 +142,8 @@ def refuse_undefined(module: nn.Module) -> None:
 def _over_batches(problem: SampleProblem, batches: Sequence[Batch], name: str) -> SampleMoments:
     """Inner products with the mean of several batches need that mean first: a pass for it, and one for them."""
     given = problem.direction_D is not None
+    if given or len(batches) > 1:
+        problem = replace(problem, grads=None)  # the gradient of all batches is that of none
     if len(batches) > 1 and "inner_products" in problem.wants and not given:
         first = _run(replace(problem, wants=frozenset()), batches, name)
         problem = replace(problem, direction_D=torch.stack([part.sum_D for part in first]).sum(0))
@@ -158,12 +180,13 @@ def _scaled(layout: Layout, parts: Sequence[BatchMoments], given: bool) -> Sampl
     gram_NN = parts[0].gram_NN
     sum_D = total([part.sum_D for part in parts])
     assert sum_D is not None
+    averaged = parts[0].averaged
     return SampleMoments(
         layout,
         norms_sq_NL * factor**2,
-        sum_D.div_(denominator),
+        sum_D if averaged else sum_D.div_(denominator),
         parts[0].engine,
         None if squares_D is None else squares_D.mul_(factor**2 / n),
-        torch.cat(inner) * (factor if given else factor / denominator) if inner else None,
+        torch.cat(inner) * (factor if given or averaged else factor / denominator) if inner else None,
         None if gram_NN is None else gram_NN * factor**2,
     )

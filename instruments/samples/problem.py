@@ -27,7 +27,8 @@ class SampleProblem:
 
     `wants` is what is to be computed beside the norms and the sum. Inner products are taken with `direction_D`, or,
     where that is None, with the sum of the batch itself. `plans` is what the fused engine remembers of a model, `kept`
-    what it is to fill for products with a direction that is known later.
+    what it is to fill for products with a direction that is known later. `grads`, by parameter, is what the mean of the
+    g_i may be: the gradient that training has computed of this batch. An engine that uses it proves it first.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class SampleProblem:
     direction_D: Tensor | None = None
     plans: dict[Any, Any] = field(default_factory=dict)
     kept: "KeptFactors | None" = None
+    grads: Sequence[Tensor | None] | None = None
 
     def only(self, chosen: Collection[int]) -> "SampleProblem":
         """The same for some of the parameters, in the order of the layout."""
@@ -47,9 +49,10 @@ class SampleProblem:
             tuple(p for p, keep in zip(self.layout.params, kept, strict=True) if keep),
         )
         if self.direction_D is None:
-            return replace(self, layout=part)
+            return replace(self, layout=part, grads=None)
         pieces = zip(flat_pieces(self.layout, self.direction_D), kept, strict=True)
-        return replace(self, layout=part, direction_D=torch.cat([piece for piece, keep in pieces if keep]))
+        direction_D = torch.cat([piece for piece, keep in pieces if keep])
+        return replace(self, layout=part, direction_D=direction_D, grads=None)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class BatchMoments:
     """Of one batch, in the unit of `total` (the sum over examples), before division by `denominator`.
 
     `norms_sq_NL` and `inner_NL` have a column for each parameter tensor, the others are over all of them together.
+    Where `averaged`, `sum_D` is divided already, and is what the inner products are with.
     """
 
     norms_sq_NL: Tensor
@@ -76,6 +80,7 @@ class BatchMoments:
     squares_D: Tensor | None = None
     inner_NL: Tensor | None = None
     gram_NN: Tensor | None = None
+    averaged: bool = False
 
     @classmethod
     def of(
@@ -85,12 +90,15 @@ class BatchMoments:
         sum_D: Tensor,
         denominator: Tensor | float,
         engine: str,
+        *,
+        averaged: bool = False,
     ) -> "BatchMoments":
         """From the statistics of each parameter tensor, in the order of the layout."""
         dtype, wants = problem.layout.dtype, problem.wants
 
         def columns(name: str) -> list[Tensor]:
-            return [getattr(part, name).to(dtype) for part in parts]
+            found = [getattr(part, name) for part in parts]
+            return [t if t.dtype == dtype else t.to(dtype) for t in found]
 
         return cls(
             torch.stack(columns("norms_sq_N"), 1),
@@ -100,6 +108,7 @@ class BatchMoments:
             torch.cat([c.reshape(-1) for c in columns("squares_d")]) if "second_moment" in wants else None,
             torch.stack(columns("inner_N"), 1) if "inner_products" in wants else None,
             torch.stack(columns("gram_NN")).sum(0) if "gram" in wants else None,
+            averaged,
         )
 
 

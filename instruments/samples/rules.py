@@ -25,20 +25,24 @@ def mm(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:
     addmm = use.name.startswith("Addmm")
     left, right = ("_saved_mat1", "_saved_mat2") if addmm else ("_saved_self", "_saved_mat2")
     if addmm:
-        delta = delta * use.node._saved_alpha if use.node._saved_alpha != 1 else delta
+        delta = _times(delta, use.node._saved_alpha)
     if use.slot == (2 if addmm else 1):
-        return _product(axis, getattr(use.node, left), delta, use.shape) if axis.dim == 0 else None
+        return _product(use, axis, getattr(use.node, left), delta) if axis.dim == 0 else None
     if axis.dim != 1:
         return None
     turned = ExampleAxis(0, axis.examples, axis.inner)
-    return _product(turned, delta.mT, getattr(use.node, right).mT, use.shape)
+    return _product(use, turned, delta.mT, getattr(use.node, right).mT)
 
 
 def addmm(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:
     """result = beta * bias + alpha * left @ right."""
     if use.slot == 0:
-        return broadcast(use, axis, delta * use.node._saved_beta)
+        return broadcast(use, axis, _times(delta, use.node._saved_beta))
     return mm(use, axis, delta)
+
+
+def _times(delta: Tensor, scale: float) -> Tensor:
+    return delta if scale == 1 else delta * scale
 
 
 def bmm(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:
@@ -50,8 +54,9 @@ def bmm(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:
     return Outer(a_NGTp, b_NGTq, use.shape)
 
 
-def _product(axis: ExampleAxis, a_Rp: Tensor, b_Rq: Tensor, shape: tuple[int, ...]) -> Outer:
-    return Outer(axis.merged(a_Rp, 1).unsqueeze(1), axis.merged(b_Rq, 1).unsqueeze(1), shape)
+def _product(use: Use, axis: ExampleAxis, a_Rp: Tensor, b_Rq: Tensor) -> Outer:
+    first, second = (b_Rq, a_Rp) if use.flipped else (a_Rp, b_Rq)
+    return Outer(axis.merged(first, 1).unsqueeze(1), axis.merged(second, 1).unsqueeze(1), use.shape)
 
 
 def broadcast(use: Use, axis: ExampleAxis, product: Tensor) -> Factor | None:
@@ -59,6 +64,8 @@ def broadcast(use: Use, axis: ExampleAxis, product: Tensor) -> Factor | None:
     shape = (1,) * (product.ndim - len(use.shape)) + tuple(use.shape)
     if product.ndim < len(use.shape) or shape[axis.dim] != 1:
         return None
+    if axis.dim == 0 and axis.inner == 1 and product.shape[1:] == use.shape and len(product) == axis.examples:
+        return Direct(product)  # one position an example
     g = axis.first(product)  # (N, *before, outer, inner, *after)
     spread = (*shape[: axis.dim], 1, 1, *shape[axis.dim + 1 :])
     summed = [d + 1 for d, size in enumerate(spread) if size == 1]
@@ -67,7 +74,7 @@ def broadcast(use: Use, axis: ExampleAxis, product: Tensor) -> Factor | None:
 
 def add(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:
     """self + alpha * other."""
-    return broadcast(use, axis, delta if use.slot == 0 else delta * use.node._saved_alpha)
+    return broadcast(use, axis, delta if use.slot == 0 else _times(delta, use.node._saved_alpha))
 
 
 def sub(use: Use, axis: ExampleAxis, delta: Tensor) -> Factor | None:

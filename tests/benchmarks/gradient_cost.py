@@ -98,6 +98,9 @@ class Reading:
     def __init__(self, moment: Moment, engine: Any) -> None:
         self.moment, self.engine, self.plans = moment, engine, dict[Any, Any]()
         self.states = [instrument.init() for instrument in READ]
+        moment.optimizer.zero_grad()  # as at observe(): what training has computed of this batch stands in .grad
+        x, y = moment.batch
+        LOSS(moment.model(x), y).backward()
 
     def __call__(self) -> None:
         moment = self.moment

@@ -94,9 +94,9 @@ def test_one_example_has_no_variance() -> None:
 
 
 def test_an_error_is_infinite_where_an_example_left_out_makes_the_estimate_infinite() -> None:
-    values = torch.linspace(1, 2, 8)
-    assert float(jackknife(values)) == pytest.approx(float((7 / 8 * (values - values.mean()).square().sum()).sqrt()))
-    assert float(jackknife(torch.cat([values, torch.tensor([torch.inf])]))) == torch.inf
+    values = np.linspace(1, 2, 8)
+    assert jackknife(values) == pytest.approx(np.sqrt(7 / 8 * np.square(values - values.mean()).sum()))
+    assert jackknife(np.append(values, np.inf)) == np.inf
 
 
 def test_a_parameter_without_elements_is_no_obstacle() -> None:
