@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,18 +36,19 @@ def untouched(model: nn.Module) -> Iterator["Saved"]:
     the user kept across the reading stays valid. What is raised inside passes through after everything is put back.
     Raises Refusal for modules of TorchScript, whose buffers cannot be exchanged.
     """
-    if scripted(model):
+    modules = list(model.modules())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
         raise Refusal(
             "expected modules of Python, got one compiled by torch.jit, whose buffers cannot be exchanged and put "
             "back; train the module itself, or compile it by torch.compile. What needs no forward is read all the same."
         )
     with ExitStack() as undo:  # every part is put back, even if another one cannot be
-        random_states = RandomStates.of(model)
+        random_states = RandomStates.of_modules(modules)
         undo.callback(random_states.put_back)
-        undo.callback(_attributes(model))
-        undo.callback(_gradients(model))
-        undo.callback(_renormalised(model))
-        buffers = Buffers(model)
+        undo.callback(_attributes(modules))
+        undo.callback(_gradients(modules))
+        undo.callback(_renormalised(modules))
+        buffers = Buffers(modules)
         undo.callback(buffers.put_back)
         buffers.fresh()
         yield Saved(random_states, buffers)
@@ -74,7 +76,11 @@ class RandomStates:
 
     @classmethod
     def of(cls, model: nn.Module) -> "RandomStates":
-        return cls([(stream, stream.get()) for stream in _streams(model)])
+        return cls.of_modules(list(model.modules()))
+
+    @classmethod
+    def of_modules(cls, modules: Sequence[nn.Module]) -> "RandomStates":
+        return cls([(stream, stream.get()) for stream in _streams(modules)])
 
     def now(self) -> "RandomStates":
         """Where the same streams stand at present."""
@@ -94,7 +100,7 @@ class RandomStates:
         return not all(_same(stream.get(), state) for stream, state in self.saved)
 
 
-def _streams(model: nn.Module) -> list[Stream]:
+def _streams(modules: Sequence[nn.Module]) -> list[Stream]:
     # torch.manual_seed would also leave a seed for devices that nobody has used yet.
     streams = [
         Stream(torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
@@ -105,7 +111,7 @@ def _streams(model: nn.Module) -> list[Stream]:
         streams.append(Stream(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, torch.cuda.manual_seed_all))
     if torch.backends.mps.is_available():
         streams.append(Stream(torch.mps.get_rng_state, torch.mps.set_rng_state, torch.mps.manual_seed))
-    owned = [value for module in model.modules() for value in vars(module).values() if _generates(value.__class__)]
+    owned = [value for module in modules for value in vars(module).values() if _generates(value.__class__)]
     return streams + [_stream_of(value) for value in owned]
 
 
@@ -143,12 +149,14 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _attributes(model: nn.Module) -> Undo:
+def _attributes(modules: Sequence[nn.Module]) -> Undo:
     """Every plain attribute of every module: a forward that stores an activation or counts calls leaves no trace."""
-    held = [(vars(module), dict(vars(module))) for module in model.modules()]
+    held = [(vars(module), dict(vars(module))) for module in modules]
 
     def put_back() -> None:
         for now, before in held:
+            if now.keys() == before.keys() and all(map(is_, now.values(), before.values())):
+                continue
             for name in [name for name in now if name not in before]:
                 del now[name]
             for name, value in before.items():
@@ -158,26 +166,29 @@ def _attributes(model: nn.Module) -> Undo:
     return put_back
 
 
-def _gradients(model: nn.Module) -> Undo:
+def _gradients(modules: Sequence[nn.Module]) -> Undo:
     """Take `.grad` away for the time of the reading: a backward inside cannot add to what the user accumulated."""
-    held = [(p, p.grad) for p in model.parameters()]
-    for p, _ in held:
-        p.grad = None
+    params = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    held = [(p, p.grad) for p in params.values()]
+    for p, grad in held:
+        if grad is not None:
+            p.grad = None
 
     def put_back() -> None:
         for p, grad in held:
-            p.grad = grad
+            if p.grad is not grad:
+                p.grad = grad
 
     return put_back
 
 
-def _renormalised(model: nn.Module) -> Undo:
+def _renormalised(modules: Sequence[nn.Module]) -> Undo:
     """Weights that a forward writes to, those of embeddings with `max_norm`, are exchanged for copies."""
 
     def limited(module: nn.Module) -> bool:  # getattr would go through nn.Module's own search for every other module
         return vars(module).get("max_norm", getattr(type(module), "max_norm", None)) is not None
 
-    owners = [module for module in model.modules() if limited(module)]
+    owners = [module for module in modules if limited(module)]
     weights = {id(w): w for module in owners if isinstance(w := getattr(module, "weight", None), nn.Parameter)}
     held = [(w, w.data, w._version) for w in weights.values()]
     for w, own, _ in held:
@@ -194,8 +205,8 @@ def _renormalised(model: nn.Module) -> Undo:
 class Buffers:
     """The buffers of a model, exchanged for clones while it is measured."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._held = [(module, dict(module._buffers)) for module in model.modules()]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._held = [(module, dict(module._buffers)) for module in modules]
 
     def fresh(self) -> None:
         """New clones of the originals: what the last forward wrote is forgotten."""
@@ -207,8 +218,9 @@ class Buffers:
 
     def put_back(self) -> None:
         for module, buffers in self._held:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            if buffers or module._buffers:
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 class Saved(NamedTuple):

@@ -67,13 +67,16 @@ class Layout:
 
     def join(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One vector v_D from one tensor a parameter; None is zero, sparse is made dense. Complex ones are refused."""
+        return torch.cat(self.flat(tensors))
+
+    def flat(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """The pieces of that vector, one a parameter: views of the tensors where these are dense and of its type."""
         if any(p.is_complex() for p in self.params):
             raise Refusal("complex parameters have no vector of real numbers here; readings of them are not supported.")
-        pieces = [
+        return [
             torch.zeros(p.numel(), dtype=self.dtype, device=self.device) if t is None else self._dense(t)
             for p, t in zip(self.params, tensors, strict=True)
         ]
-        return torch.cat(pieces)
 
     def split(self, v_D: Tensor) -> list[Tensor]:
         """Views of v_D in the shape of each parameter, cast to its dtype and device where these differ."""

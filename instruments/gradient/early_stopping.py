@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from instruments.gradient._estimates import require_examples, variances
+from instruments.gradient._estimates import require_examples, shares
 from instruments.instrument import Estimate, Instrument, Output, State, Values
 from instruments.samples.moments import SampleMoments
 from instruments.view import Need, View
@@ -67,10 +67,10 @@ class EarlyStopping(Instrument):
 
 def signal_over_noise(moments: SampleMoments) -> tuple[float, int]:
     """Sum of gbar_j^2 / s_j^2 over the coordinates whose variance is more than rounding, and their number."""
-    square_D, variance_D, heard_D = variances(moments)
-    ratio_D = square_D.div_(variance_D.mul_(heard_D)).nan_to_num_(0.0, 0.0)
+    share_D, most, heard = shares(moments)
+    share_D = torch.where(share_D < most, share_D, 0.0).double()
     n = moments.examples
-    return float(ratio_D.sum(dtype=torch.float64)) * (n - 1) / n, int(heard_D.count_nonzero())
+    return float((share_D / (1 - share_D)).sum()) * (n - 1) / n, heard
 
 
 def pooled_means(readings_K2: Sequence[tuple[float, float]]) -> tuple[Estimate, Estimate]:

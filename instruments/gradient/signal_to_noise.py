@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from instruments.gradient._estimates import jackknife, lowest_median, require_examples, trace_of, variances
+from instruments.gradient._estimates import jackknife, lowest_median, require_examples, shares, trace_of
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
 
@@ -49,10 +49,8 @@ class SignalToNoise(Gauge):
     def read(self, view: View) -> Values:
         moments = view.moments
         n = require_examples(moments, 2)
-        square_D, variance_D, heard_D = variances(moments)
-        heard = int(heard_D.count_nonzero())
-        # The de-biased ratio is this one times (n - 1)/n less 1/n; infinite or NaN where nothing is heard.
-        ratio_D = square_D.div_(variance_D.mul_(heard_D))
+        share_D, _, heard = shares(moments)
+        median = lowest_median(share_D, heard) if heard else NAN
         a_L, q_L = moments.sum_of_squares_L, moments.square_of_sum_L
         (left_A_N, left_Q_N), m = moments.left_out_totals, n - 1
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -63,7 +61,7 @@ class SignalToNoise(Gauge):
                 left_out_N = (left_Q_N - left_A_N) / (m * (m - 1)) / trace_of(left_A_N, left_Q_N, m)
             return {
                 "aggregate": Estimate(float(signal_L.sum() / noise_L.sum()), jackknife(left_out_N)),
-                "median": lowest_median(ratio_D, heard) * (n - 1) / n - 1 / n if heard else NAN,
+                "median": median / (1 - median) * (n - 1) / n - 1 / n,
                 "per_layer": signal_L / noise_L,
                 "silent": 1 - heard / moments.layout.size,
             }

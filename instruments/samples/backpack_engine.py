@@ -48,7 +48,7 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     statistics = [
         _statistics(problem, alias, parts.examples, piece) for alias, piece in zip(aliases, pieces, strict=True)
     ]
-    return BatchMoments.of(problem, statistics, sum_D, parts.denominator, "backpack")
+    return BatchMoments.of(problem, statistics, flat_pieces(problem.layout, sum_D), parts.denominator, "backpack")
 
 
 def _extensions(problem: SampleProblem) -> list[Any]:

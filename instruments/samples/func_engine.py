@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from instruments.objective import Batch, plain_tree
 from instruments.refusal import Refusal
 from instruments.samples.independence import check_at_rest, refuse_interaction, whole_batch
-from instruments.samples.problem import BatchMoments, SampleProblem
+from instruments.samples.problem import BatchMoments, SampleProblem, flat_pieces
 from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
 
 
@@ -59,7 +59,7 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
         found = statistics_of_rows(problem, chunks)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise Refusal(f"torch.func cannot trace this model or loss: {_first_line(error)}") from error
-    return BatchMoments.of(problem, found.statistics, found.sum_D, denominator, "torch.func")
+    return BatchMoments.of(problem, found.statistics, flat_pieces(layout, found.sum_D), denominator, "torch.func")
 
 
 def _first_line(error: Exception) -> str:

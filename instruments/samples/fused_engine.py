@@ -78,11 +78,17 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
         if reorders or known is None:
             checks.append(_check(problem, parts.sums_N, _mixed(parts.sums_N)))
         shortened = not checks and _may_stop_early(problem, plan, uses)
-        mean_D = problem.layout.join(problem.grads) if shortened and problem.grads is not None else None
-        work = _Backward(problem, uses, plan, parts, checks, mean_D)
-        sum_D, found = work.run()
-    if mean_D is not None and not work.adds_up():
-        if bool(torch.isfinite(mean_D).all()):  # a gradient that overflowed says nothing of the next
+        mean = problem.layout.flat(problem.grads) if shortened and problem.grads is not None else None
+        work = _Backward(problem, uses, plan, parts, checks, mean)
+        sums, found = work.run()
+    if mean is not None:
+        early = None
+        if len(found) == len(problem.layout.params):
+            ordered = [found[index] for index in range(len(found))]
+            early = BatchMoments.of(problem, ordered, sums, parts.denominator, "fused", averaged=True)
+        if early is not None and work.adds_up(early.norms_sq_NL):
+            return early
+        if all(bool(g.isfinite().all()) for g in mean):  # a gradient that overflowed says nothing of the next
             problem.plans[key] = replace(plan, trains_on=False)
         return moments(replace(problem, grads=None), batch)
     if checks:
@@ -90,11 +96,10 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
         if problem.kept is not None and len(found) < len(problem.layout.params):
             problem.kept.clear()
     plan = replace(plan, elsewhere=frozenset(range(len(problem.layout.params))) - found.keys())
-    if known is None and plan.certain and bool(torch.isfinite(sum_D).all()):
+    if known is None and plan.certain and all(bool(v.isfinite().all()) for v in sums):
         problem.plans[key] = plan
-    engine = "fused" if mean_D is None else "fused, mean from .grad"
     statistics = _filled(problem, parts.examples, found)
-    whole = BatchMoments.of(problem, statistics, sum_D, parts.denominator, engine, averaged=mean_D is not None)
+    whole = BatchMoments.of(problem, statistics, sums, parts.denominator, "fused")
     return whole if not plan.elsewhere else _with_others(problem, batch, plan.elsewhere, whole)
 
 
@@ -154,7 +159,7 @@ def _reached(found: Sequence[tuple[int, Profile]], examples: int) -> bool:
 class _Backward:
     """One backward pass with hooks on the operations that use parameters.
 
-    `mean_D` is the gradient that training has computed, where the pass is to stop early. Without it, and where inner
+    `mean` is the gradient that training has computed, flat by parameter, where the pass is to stop early. Without it, and where inner
     products with the sum are wanted, a parameter waits until its operation has run and its own gradient is there.
     """
 
@@ -165,19 +170,20 @@ class _Backward:
         plan: Plan,
         parts: Parts,
         checks: Sequence[Check],
-        mean_D: Tensor | None,
+        mean: Sequence[Tensor] | None,
     ) -> None:
         self._problem, self._parts, self._checks = problem, parts, checks
         self._by_parameter: dict[int, list[int]] = {}
         for number, use in enumerate(uses):
             self._by_parameter.setdefault(use.index, []).append(number)
-        self._uses, self._plan, self._mean_D = uses, plan, mean_D
+        self._uses, self._plan, self._mean = uses, plan, mean
         self._factors: dict[int, Factor | None] = {}
         self._found: dict[int, Statistics] = {}
         self._sums: dict[int, Tensor] = {}
         self._sketches: list[tuple[int, Tensor, Tensor]] = []
-        direction_D = problem.direction_D if mean_D is None else mean_D
-        self._given = None if direction_D is None else flat_pieces(problem.layout, direction_D)
+        self._given = mean
+        if problem.direction_D is not None:
+            self._given = flat_pieces(problem.layout, problem.direction_D)
         self._waits = self._given is None and "inner_products" in problem.wants
         if problem.kept is not None:
             problem.kept.clear()
@@ -185,13 +191,13 @@ class _Backward:
             assert parts.sums_N is not None
             problem.kept.losses_N = (parts.sums_N * problem.kept.unit).detach()
 
-    def run(self) -> tuple[Tensor, dict[int, Statistics]]:
+    def run(self) -> tuple[Sequence[Tensor], dict[int, Statistics]]:
         """sum g_i over all parameters (their mean, where that is known), and the statistics of those parameters that
         could be read."""
         params, total = self._problem.layout.params, self._parts.total
         handles = self._hooks()
         try:
-            if self._mean_D is None:
+            if self._mean is None:
                 grads = torch.autograd.grad(total, params, allow_unused=True)
             else:
                 self._stop_early()
@@ -202,13 +208,13 @@ class _Backward:
         finally:
             for handle in handles:
                 handle.remove()
-        if self._mean_D is not None:
-            return self._mean_D, self._found
+        if self._mean is not None:
+            return self._mean, self._found
         with torch.no_grad():
             for index, p in enumerate(params):
                 if index not in self._plan.elsewhere and index not in self._found:
                     self._finish(index, p, grads[index])
-        return self._problem.layout.join(grads), self._found
+        return self._problem.layout.flat(grads), self._found
 
     def _hooks(self) -> list[Any]:
         handles = []
@@ -246,7 +252,7 @@ class _Backward:
             use, axis = self._uses[number], self._plan.axes[number]
             assert axis is not None
             made = factor(use, axis, delta)
-            now = not self._waits and (self._mean_D is None or not use.chain)
+            now = not self._waits and (self._mean is None or not use.chain)
             if made is None or not now or len(self._by_parameter[use.index]) > 1:
                 self._factors[number] = made
             else:
@@ -281,26 +287,25 @@ class _Backward:
             self._problem.kept.keep(use.index, use, made)
         if self._checks:
             self._sums[use.index] = use.rows_to_parameter(self._weighted(made).view(-1, *use.shape))
-        if self._mean_D is not None:
+        if self._mean is not None:
             sketch = made.sketch(self._seen(use) if direction is None else direction)
-            if sketch is not None and len(sketch[0]):
+            if sketch is not None:
                 self._sketches.append((use.index, *sketch))
 
-    def adds_up(self) -> bool:
+    def adds_up(self, norms_sq_NL: Tensor) -> bool:
         """Whether what was taken for the mean of the g_i is their mean: random contractions of both agree, for every
         parameter, to what single examples leave of rounding."""
         if len(self._sketches) < len(self._problem.layout.params):
             return False
-        each_L = torch.stack([self._found[index].norms_sq_N.sum() for index, _, _ in self._sketches])
-        sums, wholes = (torch.cat([sketch[k] for sketch in self._sketches]) for k in (1, 2))
-        each, total, whole, denominator = (
-            np.asarray(t.double().cpu()) for t in (each_L, sums, wholes, torch.as_tensor(self._parts.denominator))
-        )
-        starts = np.cumsum([0, *(len(sketch[1]) for sketch in self._sketches[:-1])])
-        errors, sizes = (np.sqrt(np.add.reduceat(v * v, starts)) for v in (total / denominator - whole, whole))
-        spread = np.sqrt(self._parts.examples * each) / denominator
-        allowed = MEAN_AGREES[self._problem.layout.dtype] * (sizes + 1e-3 * spread) + 1e-30
-        return bool((errors <= allowed).all())
+        sums, wholes = ([sketch[k] for sketch in self._sketches] for k in (1, 2))
+        n, denominator, dtype = len(norms_sq_NL), float(self._parts.denominator), norms_sq_NL.dtype
+        errors = torch._foreach_norm(torch._foreach_add(sums, wholes, alpha=-denominator))
+        norms = torch.stack([t.to(dtype) for t in (*errors, *torch._foreach_norm(wholes))]).double().cpu().numpy()
+        errors_L, sizes_L = norms.reshape(2, -1)
+        order = [index for index, _, _ in self._sketches]
+        spread_L = np.sqrt(n * norms_sq_NL.double().sum(0).cpu().numpy()[order])
+        allowed_L = MEAN_AGREES[dtype] * (denominator * sizes_L + 1e-3 * spread_L) + 1e-30
+        return bool((errors_L <= allowed_L).all())
 
     def _finish(self, index: int, p: Tensor, grad: Tensor | None) -> None:
         """A parameter that is used several times, or not at all."""
@@ -364,7 +369,7 @@ def _with_others(problem: SampleProblem, batch: Batch, chosen: frozenset[int], w
         try:
             other = engine(part, batch)
             if name != "loop":
-                refuse_hidden_parameters(part, batch, other.sum_D)
+                refuse_hidden_parameters(part, batch, other.sums)
             break
         except Undefined:
             raise
@@ -375,21 +380,25 @@ def _with_others(problem: SampleProblem, batch: Batch, chosen: frozenset[int], w
     columns = sorted(chosen)
     if len(columns) == len(problem.layout.params):
         return other
-    mine_D = torch.cat([torch.full((p.numel(),), i in chosen) for i, p in enumerate(problem.layout.params)])
-    mine_D = mine_D.to(whole.sum_D.device)
+    device = whole.norms_sq_NL.device
+    cells = (torch.arange(len(whole.norms_sq_NL), device=device).unsqueeze(1), torch.tensor(columns, device=device))
 
-    def placed(into: Tensor | None, values: Tensor | None, where: Any) -> Tensor | None:
-        return None if into is None or values is None else into.index_put(where, values)
+    def placed(into: Tensor | None, values: Tensor | None) -> Tensor | None:
+        return None if into is None or values is None else into.index_put(cells, values)
 
-    rows = torch.arange(len(whole.norms_sq_NL), device=mine_D.device).unsqueeze(1)
-    cells = (rows, torch.tensor(columns, device=mine_D.device))
+    def mixed(mine: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+        theirs = dict(zip(columns, others, strict=True))
+        return [theirs.get(index, piece) for index, piece in enumerate(mine)]
+
     gram_NN = None if whole.gram_NN is None or other.gram_NN is None else whole.gram_NN + other.gram_NN
+    norms_sq_NL = placed(whole.norms_sq_NL, other.norms_sq_NL)
+    assert norms_sq_NL is not None
     return BatchMoments(
-        whole.norms_sq_NL.index_put(cells, other.norms_sq_NL),
-        whole.sum_D.index_put((mine_D,), other.sum_D),
+        norms_sq_NL,
+        mixed(whole.sums, other.sums),
         whole.denominator,
         f"fused; {name} for {len(columns)} of {len(problem.layout.params)} parameters",
-        placed(whole.squares_D, other.squares_D, (mine_D,)),
-        placed(whole.inner_NL, other.inner_NL, cells),
+        None if whole.squares is None or other.squares is None else mixed(whole.squares, other.squares),
+        placed(whole.inner_NL, other.inner_NL),
         gram_NN,
     )

@@ -1,6 +1,6 @@
 """Do the examples of a batch have losses of their own? Asked of the numbers, not of a list of layer names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -79,7 +79,7 @@ def check_at_rest(problem: SampleProblem, batch: Batch) -> None:
             module.training = training
 
 
-def refuse_hidden_parameters(problem: SampleProblem, batch: Batch, sum_D: Tensor) -> None:
+def refuse_hidden_parameters(problem: SampleProblem, batch: Batch, sums: Sequence[Tensor]) -> None:
     """A loss function may reach the model other than through `call` (a penalty on its parameters, a closed-over model);
     engines that exchange the parameters do not see that. Their summed gradient is compared with the true one."""
     params = problem.layout.params
@@ -91,5 +91,6 @@ def refuse_hidden_parameters(problem: SampleProblem, batch: Batch, sum_D: Tensor
         total = problem.objective.parts(problem.module, batch).total
         random = before.moved()
         true_D = problem.layout.join(torch.autograd.grad(total, params, allow_unused=True))
+    sum_D = torch.cat(list(sums))
     if not random and bool((true_D - sum_D).norm() > RELATIVE * true_D.norm() + ABSOLUTE):
         raise Refusal("the loss function reaches parameters of the model other than through `call`.")

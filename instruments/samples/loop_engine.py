@@ -12,7 +12,7 @@ from instruments.objective import Batch, no_examples
 from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
 from instruments.samples.independence import check_by_half
-from instruments.samples.problem import BatchMoments, SampleProblem
+from instruments.samples.problem import BatchMoments, SampleProblem, flat_pieces
 from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
 
 MOST_EXAMPLES = 512
@@ -40,4 +40,4 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
 
         found = statistics_of_rows(problem, chunks)
     check_by_half(problem, batch, losses_N.detach())
-    return BatchMoments.of(problem, found.statistics, found.sum_D, parts.denominator, "loop")
+    return BatchMoments.of(problem, found.statistics, flat_pieces(layout, found.sum_D), parts.denominator, "loop")

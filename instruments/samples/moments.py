@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from instruments.layout import Layout
+from instruments.layout import Layout, norms_of
 from instruments.objective import Batch, Undefined
 from instruments.refusal import Refusal
 from instruments.samples import backpack_engine, func_engine, fused_engine, loop_engine
 from instruments.samples.independence import refuse_hidden_parameters
-from instruments.samples.problem import BatchMoments, Engine, SampleProblem, flat_pieces
+from instruments.samples.problem import BatchMoments, Engine, SampleProblem
 
 Array = npt.NDArray[np.float64]
 EngineName = Literal["auto", "fused", "backpack", "torch.func", "loop"]
@@ -39,17 +39,26 @@ AUTO = ("fused", "torch.func", "loop")
 class SampleMoments:
     """Statistics of the g_i. What was not asked for is None.
 
-    `norms_sq_NL`: |g_i|^2 by parameter tensor; `mean_D`: mean of the g_i; `second_D`: mean of the g_i^2, elementwise;
-    `inner_NL`: <g_i, mean> by parameter tensor; `gram_NN`: <g_i, g_j>; `engine`: who computed them.
+    `norms_sq_NL`: |g_i|^2 by parameter tensor; `mean`: mean of the g_i; `second`: mean of the g_i^2, elementwise, both
+    flat by parameter tensor; `inner_NL`: <g_i, mean> by parameter tensor; `gram_NN`: <g_i, g_j>; `engine`: who computed
+    them. The mean may be the gradient that stands in `.grad`: it is to be read, and copied to be kept.
     """
 
     layout: Layout
     norms_sq_NL: Tensor
-    mean_D: Tensor
+    mean: Sequence[Tensor]
     engine: str
-    second_D: Tensor | None = None
+    second: Sequence[Tensor] | None = None
     inner_NL: Tensor | None = None
     gram_NN: Tensor | None = None
+
+    @cached_property
+    def mean_D(self) -> Tensor:
+        return torch.cat(list(self.mean))
+
+    @cached_property
+    def second_D(self) -> Tensor | None:
+        return None if self.second is None else torch.cat(list(self.second))
 
     @property
     def examples(self) -> int:
@@ -83,8 +92,7 @@ class SampleMoments:
     @cached_property
     def square_of_sum_L(self) -> Array:
         """Q = |sum over examples of g_i|^2, by parameter tensor."""
-        norms = torch._foreach_norm(list(flat_pieces(self.layout, self.mean_D)), dtype=torch.float64)
-        return np.square(self.examples * torch.stack(norms).cpu().numpy())
+        return np.square(self.examples * _on_host(norms_of(self.mean)))
 
     @cached_property
     def left_out_sums(self) -> tuple[Array, Array]:
@@ -146,7 +154,7 @@ def _over_batches(problem: SampleProblem, batches: Sequence[Batch], name: str) -
         problem = replace(problem, grads=None)  # the gradient of all batches is that of none
     if len(batches) > 1 and "inner_products" in problem.wants and not given:
         first = _run(replace(problem, wants=frozenset()), batches, name)
-        problem = replace(problem, direction_D=torch.stack([part.sum_D for part in first]).sum(0))
+        problem = replace(problem, direction_D=torch.cat(_added([part.sums for part in first])))
     return _scaled(problem.layout, _run(problem, batches, name), given)
 
 
@@ -154,7 +162,7 @@ def _run(problem: SampleProblem, batches: Sequence[Batch], name: str) -> list[Ba
     parts = [ENGINES[name](problem, batch) for batch in batches]
     if name in ("torch.func", "backpack"):
         for part, batch in zip(parts, batches, strict=True):
-            refuse_hidden_parameters(problem, batch, part.sum_D)
+            refuse_hidden_parameters(problem, batch, part.sums)
     return parts
 
 
@@ -162,31 +170,31 @@ def _scaled(layout: Layout, parts: Sequence[BatchMoments], given: bool) -> Sampl
     """From sums of losses to the loss: g_i by N / denominator, and means over the examples of all batches.
 
     Inner products are with the sum of the gradients, which becomes their mean, or with a direction that was `given`.
-    The sums over the parameters are changed in place.
+    The sums and squares are changed in place.
     """
     denominator = sum((part.denominator for part in parts), start=0.0)
     norms_sq_NL = torch.cat([part.norms_sq_NL for part in parts]) if len(parts) > 1 else parts[0].norms_sq_NL
-    n = norms_sq_NL.shape[0]
+    n, averaged = norms_sq_NL.shape[0], parts[0].averaged
     factor = n / denominator
-
-    def total(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        present = [t for t in tensors if t is not None]
-        if len(present) < 2:
-            return present[0] if present else None
-        return torch.stack(present).sum(0)
-
-    squares_D = total([part.squares_D for part in parts])
+    sums, second = _added([part.sums for part in parts]), None
+    if all(part.squares is not None for part in parts):
+        second = _added([part.squares for part in parts if part.squares is not None])
+        torch._foreach_mul_(second, factor**2 / n)
+    if not averaged:
+        torch._foreach_div_(sums, denominator)
     inner = [part.inner_NL for part in parts if part.inner_NL is not None]
     gram_NN = parts[0].gram_NN
-    sum_D = total([part.sum_D for part in parts])
-    assert sum_D is not None
-    averaged = parts[0].averaged
     return SampleMoments(
         layout,
         norms_sq_NL * factor**2,
-        sum_D if averaged else sum_D.div_(denominator),
+        sums,
         parts[0].engine,
-        None if squares_D is None else squares_D.mul_(factor**2 / n),
+        second,
         torch.cat(inner) * (factor if given or averaged else factor / denominator) if inner else None,
         None if gram_NN is None else gram_NN * factor**2,
     )
+
+
+def _added(by_batch: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Of several batches, tensor by tensor."""
+    return list(by_batch[0]) if len(by_batch) == 1 else [torch.stack(same).sum(0) for same in zip(*by_batch, strict=True)]

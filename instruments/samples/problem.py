@@ -69,15 +69,15 @@ class Statistics:
 class BatchMoments:
     """Of one batch, in the unit of `total` (the sum over examples), before division by `denominator`.
 
-    `norms_sq_NL` and `inner_NL` have a column for each parameter tensor, the others are over all of them together.
-    Where `averaged`, `sum_D` is divided already, and is what the inner products are with.
+    `norms_sq_NL` and `inner_NL` have a column for each parameter tensor; `sums` and `squares` are flat, one a parameter
+    tensor. Where `averaged`, the sums are divided already, belong to the user, and the inner products are with them.
     """
 
     norms_sq_NL: Tensor
-    sum_D: Tensor
+    sums: Sequence[Tensor]
     denominator: Tensor | float
     engine: str
-    squares_D: Tensor | None = None
+    squares: Sequence[Tensor] | None = None
     inner_NL: Tensor | None = None
     gram_NN: Tensor | None = None
     averaged: bool = False
@@ -87,7 +87,7 @@ class BatchMoments:
         cls,
         problem: SampleProblem,
         parts: Sequence[Statistics],
-        sum_D: Tensor,
+        sums: Sequence[Tensor],
         denominator: Tensor | float,
         engine: str,
         *,
@@ -102,10 +102,10 @@ class BatchMoments:
 
         return cls(
             torch.stack(columns("norms_sq_N"), 1),
-            sum_D,
+            sums,
             denominator,
             engine,
-            torch.cat([c.reshape(-1) for c in columns("squares_d")]) if "second_moment" in wants else None,
+            [c.reshape(-1) for c in columns("squares_d")] if "second_moment" in wants else None,
             torch.stack(columns("inner_N"), 1) if "inner_products" in wants else None,
             torch.stack(columns("gram_NN")).sum(0) if "gram" in wants else None,
             averaged,
