@@ -14,13 +14,15 @@ from cockpit_bench.runlog import Event
 from cockpit_bench.step_watch import StepWatch
 from instruments.gradient_match import compare_gradient
 from instruments.held import HeldBatches, is_empty
+from instruments.layout import remembered_layout
 from instruments.loss_scale import loss_scale, skipped_inside
-from instruments.needs import AFTER_STEP, CURVATURES, RUNS_MODEL, Need
+from instruments.needs import AFTER_STEP, CURVATURES, RUNS_MODEL, SAMPLES, STEP_EXAMPLES, Need
 from instruments.objective import Batch, Objective
 from instruments.probe import Probe
 from instruments.probe_settings import ProbeSettings
 from instruments.refusal import Refusal
 from instruments.running import unwrapped
+from instruments.samples.watched import PassWatch, Watched
 
 
 class Observer:
@@ -59,6 +61,9 @@ class Observer:
         outputs = [out for s in readout.stations for out in s.instrument.outputs.values()]
         self._per_layer = any(out.kind == "per-layer" for out in outputs)
         self._watch = StepWatch(optimizers, self)
+        graphs = self._plans.setdefault("graphs", {})
+        self._passes = PassWatch(self._module, graphs, lambda: self._clock.bucket("observe"))
+        self._next_due: tuple[int, list[Station]] | None = None
 
     def observe(self, batch: Batch, loss: Tensor | float | None) -> None:
         """One micro-batch, after its backward."""
@@ -76,12 +81,26 @@ class Observer:
             self._first_observed()
         if self._collects:
             self.held.offer(loop.batches)
-        due = self._readout.due(loop.step)
+        seen = self._passes.take(loss)
+        due = self._due()
         if due:
             self._readout.budget.overhead = self._clock.bucket("observe").seconds  # what is billed to no instrument
             payable = self._readout.payable(due, loop.step)
             if payable:
-                self._read_before_step(payable)
+                self._read_before_step(payable, seen)
+
+    def _due(self) -> list[Station]:
+        """What is due at the present step; a cadence is asked once a step."""
+        if self._next_due is None or self._next_due[0] != self.loop.step:
+            self._next_due = self.loop.step, self._readout.due(self.loop.step)
+        return self._next_due[1]
+
+    def _watch_next_pass(self) -> None:
+        """Where single examples are to be read at the next step, its own forward and backward pass is watched."""
+        can = self._accumulate == 1 and self._scaler is None and self._settings.mode == "train" and self._watch.hooked
+        if can and any(s.instrument.needs & (SAMPLES | STEP_EXAMPLES) for s in self._readout.affordable(self._due())):
+            layout = remembered_layout(self._plans, self._module, self._settings.patterns, self._optimizers)
+            self._passes.arm(layout)
 
     def _first_observed(self) -> None:
         """Steps that were taken before anything was observed: observe() may stand on the wrong side of them."""
@@ -95,13 +114,13 @@ class Observer:
             self.event("observed_late", reason=reason)
         loop.begun = True
 
-    def _read_before_step(self, stations: list[Station]) -> None:
+    def _read_before_step(self, stations: list[Station], seen: Watched | None) -> None:
         loop = self.loop
         if is_empty(loop.batches[0]):
             raise Refusal("expected a batch with at least one example, got an empty one; nothing was read at this step")
         needs = frozenset().union(*(s.instrument.needs for s in stations))
-        trusted = loop.loss is not None and not needs & RUNS_MODEL and all(s.built_in for s in stations)
-        with self.probe(loop.batches, loop.loss, guarded=not trusted, expected=needs) as probe:
+        trusted = all(s.built_in for s in stations)  # these take the guard when they run the model
+        with self.probe(loop.batches, loop.loss, guarded=not trusted, expected=needs, watched=seen) as probe:
             if self._per_layer:
                 self._name_layers(probe)
             if needs & RUNS_MODEL and not loop.compared:
@@ -113,6 +132,7 @@ class Observer:
                     self._readout.take(station, probe)
             if "gradient" in needs and any(g is not None for g in probe.grads):
                 loop.mark = GradientMark.of(probe.layout.params, probe.gradient_norm, probe.loss_scale)
+            probe.keep()
         later = [s for s in stations if s.instrument.needs & AFTER_STEP]
         if later:
             self._copies = probe.remember(self._copies)
@@ -145,6 +165,11 @@ class Observer:
             self.close_step()
         else:
             loop.next_step()  # a step that nobody observed is a step all the same
+        with self._clock.bucket("observe"):
+            try:
+                self._watch_next_pass()
+            except Exception as error:
+                self.trouble(error)
 
     def close_step(self) -> None:
         """Read what needs the parameters after the step, and count it."""
@@ -172,6 +197,7 @@ class Observer:
         """Take the hooks off the optimizers."""
         self.settle()
         self._watch.close()
+        self._passes.disarm()
 
     def probe(
         self,
@@ -181,10 +207,11 @@ class Observer:
         held: HeldBatches | None = None,
         guarded: bool = True,
         expected: frozenset[Need] = frozenset(),
+        watched: Watched | None = None,
     ) -> Probe:
         """The present state of training, to be used in a `with`.
 
-        Not guarded from the start are only instruments of this library that do not run the model.
+        Not guarded from the start are only instruments of this library.
         """
         held = self.held if held is None else held
         return Probe(
@@ -201,6 +228,7 @@ class Observer:
             guarded=guarded,
             expected=expected,
             plans=self._plans,
+            watched=watched,
         )
 
     def probe_now(self, batch: Batch | None) -> Probe | None:
@@ -213,6 +241,10 @@ class Observer:
         if not loop.last and not self.held.batches:
             return None
         return self.probe(loop.last, loop.loss if loop.observed else None)
+
+    def forget_graphs(self) -> None:
+        """What is remembered of the graphs of the model, which is found anew when it is needed."""
+        self._plans["graphs"].clear()
 
     def trouble(self, error: Exception) -> None:
         """Something broke in the cockpit itself: logged once a kind, training goes on."""

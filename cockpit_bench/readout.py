@@ -75,6 +75,11 @@ class Readout:
         """Stations to be read at this step, in the order of the panel. Their cadence is asked once a step."""
         return [s for s in self.stations if s.slot.due(step) and not s.retired]
 
+    def affordable(self, stations: Iterable[Station]) -> list[Station]:
+        """Those that the budget affords at this moment."""
+        training = self._clock.training
+        return [s for s in stations if self.budget.affords(s.label, s.expected_seconds, training)]
+
     def payable(self, stations: Iterable[Station], step: int) -> list[Station]:
         """Those that the budget affords; the others are logged as skipped, once a stretch."""
         chosen, training = [], self._clock.training

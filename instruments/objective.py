@@ -53,6 +53,8 @@ class Objective(ABC):
 
     pooled_by_denominator: bool = True
     """Whether several batches are one loss by adding totals and denominators (a mean), not by averaging (a sum)."""
+    pure: bool = False
+    """Whether it is known to draw no random number and to write nowhere."""
 
 
 def as_objective(loss: nn.Module | Losses | Objective) -> Objective:
@@ -89,6 +91,7 @@ class ModuleObjective(Objective):
         if self._reduction is not None:
             setattr(self._elements, "reduction", "none")  # noqa: B010  (nn.Module types its attributes as tensors)
         self.pooled_by_denominator = self._reduction != "sum"
+        self.pure = type(module).__module__ == "torch.nn.modules.loss"
 
     def parts(self, call: Call, batch: Batch) -> Parts:
         inputs, targets = _pair(batch)

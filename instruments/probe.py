@@ -28,8 +28,9 @@ from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
 from instruments.running import running, unwrapped
 from instruments.samples.kept import KeptFactors
-from instruments.samples.moments import SampleMoments, sample_moments
+from instruments.samples.moments import SampleMoments, moments_of_step, sample_moments
 from instruments.samples.problem import SampleProblem, Want
+from instruments.samples.watched import Watched
 from instruments.step_effect import StepEffect, step_effect
 
 
@@ -59,6 +60,7 @@ class Probe(AbstractContextManager["Probe"]):
         guarded: bool = True,
         expected: frozenset[str] = frozenset(),
         plans: dict[Any, Any] | None = None,
+        watched: Watched | None = None,
     ) -> None:
         self.module = unwrapped(model)
         self.objective, self.optimizers, self.batches = objective, tuple(optimizers), tuple(batches)
@@ -74,6 +76,7 @@ class Probe(AbstractContextManager["Probe"]):
         self.curvatures, self.diagonals = Curvatures(self), Diagonals(self)
         self._stack, self._guarded = ExitStack(), guarded
         self._expected: frozenset[Any] = expected & frozenset(get_args(Want))
+        self._watched, self.seen_in_training = watched, False
         self._keeps = "step_examples" in expected and len(self.batches) == 1
         self.kept: KeptFactors | None = None
         self._moments: SampleMoments | None = None
@@ -105,7 +108,7 @@ class Probe(AbstractContextManager["Probe"]):
         self.curvatures.release()
         for cached in ("preconditioner", "unscaled_grads"):
             self.__dict__.pop(cached, None)
-        self._moments = None
+        self._moments = self._watched = None
         self._known.clear()
         self._stack.close()
         self._saved = None
@@ -150,7 +153,7 @@ class Probe(AbstractContextManager["Probe"]):
 
     def forget(self) -> None:
         """Drop what was remembered, the batches included."""
-        self._before, self.batches, self.kept = None, (), None
+        self._before, self.batches, self.kept, self._watched = None, (), None, None
 
     @contextmanager
     def running(self, *, held: bool, differentiable: bool, forward: bool = True) -> Iterator[None]:
@@ -239,28 +242,48 @@ class Probe(AbstractContextManager["Probe"]):
         return total_norm(self.grads) / self.loss_scale
 
     def moments(self, meter: Meter, wants: frozenset[Want] = frozenset()) -> SampleMoments:
-        """Per-example statistics of the step's batches: one pass for all that is expected of this step."""
+        """Per-example statistics of the step's batches: one pass for all that is expected of this step, none where the
+        training's own was watched."""
         if self._moments is None or not wants <= self._moments_wants:
             self._moments_wants |= wants | self._expected
             self.kept = KeptFactors.of(self.layout) if self._keeps else None
-            self._moments = self._read_moments(self._moments_wants, kept=self.kept)
-            meter.gradients += 4 / 3 + len(self._moments_wants) / 3
+            problem = self._problem(self._moments_wants, kept=self.kept)
+            self._moments = self._moments_of_step(problem)
+            self.seen_in_training = self._moments is not None
+            if self._moments is None:
+                self.prepare()
+                self._moments = sample_moments(problem, self.batches, self.settings.samples)
+            meter.gradients += (1 + len(self._moments_wants)) / 3 + (not self.seen_in_training)
         meter.provenance["engine"] = self._moments.engine
+        if self.seen_in_training:
+            meter.provenance["pass"] = "of the training itself"
         return self._moments
 
-    def _read_moments(
+    def keep(self) -> None:
+        """Before the step: where the training's own pass was watched, its factors stay for the slopes along the step."""
+        if self._keeps and self.kept is None and self._watched is not None:
+            self.kept = KeptFactors.of(self.layout)
+            if self._moments_of_step(self._problem(frozenset(), kept=self.kept)) is None:
+                self.kept = None
+
+    def _moments_of_step(self, problem: SampleProblem) -> SampleMoments | None:
+        if self._watched is None or len(self.batches) != 1 or self.settings.samples not in ("auto", "fused"):
+            return None
+        if not self.objective.pure:
+            self._guard()
+        return moments_of_step(problem, self.batches[0], self._watched)
+
+    def _problem(
         self, wants: frozenset[Want], direction_D: Tensor | None = None, kept: KeptFactors | None = None
-    ) -> SampleMoments:
+    ) -> SampleProblem:
         def pinned(*, differentiable: bool = True) -> AbstractContextManager[None]:
             return self.running(held=False, differentiable=differentiable)
 
-        self.prepare()
         graphs = self.plans.setdefault("graphs", {})
         grads = None if direction_D is not None else self.unscaled_grads
-        problem = SampleProblem(
+        return SampleProblem(
             self.module, self.layout, self.objective, pinned, wants, direction_D, graphs, kept, grads
         )
-        return sample_moments(problem, self.batches, self.settings.samples)
 
     @cached_property
     def preconditioner(self) -> Preconditioner:
@@ -288,7 +311,9 @@ class Probe(AbstractContextManager["Probe"]):
 
     def inner_products(self, direction_D: Tensor) -> Tensor:
         """(N,): <g_i, direction> of the examples of the step, whatever the parameters are at this moment."""
-        moments = self._read_moments(frozenset({"inner_products"}), direction_D)
+        self.prepare()
+        problem = self._problem(frozenset({"inner_products"}), direction_D)
+        moments = sample_moments(problem, self.batches, self.settings.samples)
         assert moments.inner_NL is not None
         return moments.inner_NL.sum(1)
 

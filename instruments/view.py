@@ -146,6 +146,11 @@ class View:
         self.meter.provenance["examples"] = moments.examples
         return moments
 
+    @property
+    def sample_pass(self) -> float:
+        """What the pass over the model of `moments` costs, in g: none where that of the training itself was watched."""
+        return 0.0 if self._probe.seen_in_training else 1.0
+
     def example_gradients(self, count: int, look: Look[Seen]) -> list[Seen]:
         """What `look` says of the whole gradients of at most `count` of the step's examples, one after the other."""
         self._declared("example_gradients")

@@ -156,7 +156,7 @@ def _wrong_prices(instrument: Instrument, cases: Sequence[Case]) -> list[str]:
     for case in cases:
         held = [case.batch(micro) for micro in range(case.accumulate)]
         seen = watched_run(case, {name: instrument}, probe=held, steps=steps).seen[name]
-        counted, declared = fmean(seen.counted), seen.declared[-1]
+        counted, declared = fmean(seen.counted), fmean(seen.declared)
         if counted == 0 and not instrument.needs & RUNS_MODEL:
             wrong = not 0 <= declared <= NEARLY_FREE
         else:

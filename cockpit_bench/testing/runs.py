@@ -127,6 +127,9 @@ def _drive(
     """Train from one step to another; the trace between observe and the step, and after it."""
     traces = []
     for step in range(begin, end):
+        if step == SAVED_AT and cockpit is not None:
+            # A run that goes on from a checkpoint knows no graph, and what is read in another way differs by rounding.
+            cockpit._observer.forget_graphs()
         for micro in range(training.case.accumulate):
             meddling.before(training, step)
             batch, loss = training.backward(step, micro)

@@ -47,7 +47,7 @@ class EarlyStopping(Instrument):
     reference: ClassVar[str] = "Mahsereci, Balles, Lassner and Hennig 2017, Early stopping without a validation set"
 
     def price(self, view: View) -> float:
-        return 5 / 3
+        return view.sample_pass + 2 / 3
 
     def init(self) -> State:
         return {"readings": []}

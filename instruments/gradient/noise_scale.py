@@ -63,7 +63,7 @@ class NoiseScale(Instrument):
     )
 
     def price(self, view: View) -> float:
-        return 2.0
+        return view.sample_pass + 1 / 3
 
     def init(self) -> State:
         return {"pairs": None}

@@ -44,7 +44,7 @@ class SignalToNoise(Gauge):
     )
 
     def price(self, view: View) -> float:
-        return 2.0
+        return view.sample_pass + 1.0
 
     def read(self, view: View) -> Values:
         moments = view.moments

@@ -48,7 +48,7 @@ class SuggestedBatch(Gauge):
     reference: ClassVar[str] = "Balles, Romero and Hennig 2017, Coupling adaptive batch sizes with learning rates"
 
     def price(self, view: View) -> float:
-        return 2.0
+        return view.sample_pass + 1.0
 
     def read(self, view: View) -> Values:
         groups = [(optimizer, group) for optimizer in view.optimizers for group in optimizer.param_groups]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from instruments.guard import RandomStates
 from instruments.objective import Batch, Parts, Undefined, no_examples
 from instruments.refusal import Refusal
 from instruments.samples import func_engine, loop_engine
@@ -28,6 +29,7 @@ from instruments.samples.graph import Node, Use, deepest, find_uses
 from instruments.samples.independence import refuse_hidden_parameters
 from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
 from instruments.samples.rules import RULES, factor
+from instruments.samples.watched import Watched, output_key
 
 AGREE = {torch.float64: 1e-8, torch.float32: 1e-3}
 COARSE = 5e-2  # of half precision
@@ -59,6 +61,37 @@ class Check:
     grads: Sequence[Tensor | None]
 
 
+def moments_of_step(problem: SampleProblem, batch: Batch, seen: Watched) -> BatchMoments | None:
+    """From what was seen of the training's own pass, or None where that is not the pass of this loss on this batch.
+
+    The loss of what the model gave then must send the same gradient back into it, and the gradients of the examples
+    must add up to `.grad`. They are in the unit of the loss that was trained.
+    """
+    assert problem.grads is not None
+    leaf, calls = seen.output.detach().requires_grad_(), 0
+
+    def given(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return leaf
+
+    with torch.enable_grad():
+        parts = problem.objective.parts(given, batch)
+        if parts.sums_N is None or calls != 1 or not parts.total.requires_grad:
+            return None
+        (grad,) = torch.autograd.grad(parts.loss, leaf, allow_unused=True)
+    n, there = parts.examples, seen.output_grad
+    if grad is None or there is None or any(axis is None or axis.examples != n for axis in seen.plan.axes):
+        return None
+    if not bool((grad - there).norm() <= MEAN_AGREES[problem.layout.dtype] * grad.norm()):
+        return None
+    losses_N = parts.sums_N / parts.denominator
+    work = _Backward(problem, seen.uses, seen.plan, replace(parts, denominator=1.0, sums_N=losses_N), [],
+                     problem.layout.flat(problem.grads))
+    with torch.no_grad():
+        return work.of_factors(seen.factors)
+
+
 def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     """One forward and one backward, and, for a graph that was not seen before, three backward passes to check.
 
@@ -82,11 +115,8 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
         work = _Backward(problem, uses, plan, parts, checks, mean)
         sums, found = work.run()
     if mean is not None:
-        early = None
-        if len(found) == len(problem.layout.params):
-            ordered = [found[index] for index in range(len(found))]
-            early = BatchMoments.of(problem, ordered, sums, parts.denominator, "fused", averaged=True)
-        if early is not None and work.adds_up(early.norms_sq_NL):
+        early = work.averaged()
+        if early is not None:
             return early
         if all(bool(g.isfinite().all()) for g in mean):  # a gradient that overflowed says nothing of the next
             problem.plans[key] = replace(plan, trains_on=False)
@@ -98,6 +128,8 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
     plan = replace(plan, elsewhere=frozenset(range(len(problem.layout.params))) - found.keys())
     if known is None and plan.certain and all(bool(v.isfinite().all()) for v in sums):
         problem.plans[key] = plan
+        if not plan.elsewhere and not reorders and _all_once(problem, uses):
+            _remember_output(problem, batch, plan, uses)
     statistics = _filled(problem, parts.examples, found)
     whole = BatchMoments.of(problem, statistics, sums, parts.denominator, "fused")
     return whole if not plan.elsewhere else _with_others(problem, batch, plan.elsewhere, whole)
@@ -105,9 +137,35 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
 
 def _may_stop_early(problem: SampleProblem, plan: Plan, uses: Sequence[Use]) -> bool:
     """Whether `.grad` is there, and every parameter is used once and has a rule."""
-    if problem.grads is None or not plan.trains_on or plan.elsewhere:
-        return False
+    return problem.grads is not None and plan.trains_on and not plan.elsewhere and _all_once(problem, uses)
+
+
+def _all_once(problem: SampleProblem, uses: Sequence[Use]) -> bool:
     return len({use.index for use in uses}) == len(uses) == len(problem.layout.params)
+
+
+def _remember_output(problem: SampleProblem, batch: Batch, plan: Plan, uses: Sequence[Use]) -> None:
+    """The plan by the graph of the model's output, for `watched`: of a model that is called once, gives one tensor,
+    draws no random number and packs no saved tensor (a checkpoint unpacks them by running the forward again)."""
+    outputs: list[Any] = []
+    with torch.enable_grad(), problem.running(differentiable=False):
+        before = RandomStates.of(problem.module)
+        handle = problem.module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            with torch.autograd.graph.disable_saved_tensors_hooks("watched"):
+                problem.objective.parts(problem.module, batch)
+        except RuntimeError:
+            return
+        finally:
+            handle.remove()
+        random = before.moved()
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].grad_fn is None or random:
+        return
+    there, graph, _ = find_uses(outputs[0].grad_fn, problem.layout.params)
+    places = {(use.index, use.slot, use.name, use.shape): axis for use, axis in zip(uses, plan.axes, strict=True)}
+    axes = [places.get((use.index, use.slot, use.name, use.shape)) for use in there]
+    if len(there) == len(uses) and None not in axes:
+        problem.plans[output_key(problem.layout, graph)] = replace(plan, axes=tuple(axes), deepest=())
 
 
 def _check(problem: SampleProblem, losses_N: Tensor, weight_N: Tensor) -> Check:
@@ -292,7 +350,22 @@ class _Backward:
             if sketch is not None:
                 self._sketches.append((use.index, *sketch))
 
-    def adds_up(self, norms_sq_NL: Tensor) -> bool:
+    def of_factors(self, factors: Mapping[int, Factor]) -> BatchMoments | None:
+        """Without a pass: what is to be read of each use is there. None where it is not of the gradient of training."""
+        for number, made in factors.items():
+            self._read(self._uses[number], made)
+        return self.averaged()
+
+    def averaged(self) -> BatchMoments | None:
+        """The moments round the gradient of training, or None where that is not the mean of the g_i."""
+        if self._mean is None or len(self._found) < len(self._problem.layout.params):
+            return None
+        ordered = [self._found[index] for index in range(len(self._found))]
+        denominator = self._parts.denominator
+        whole = BatchMoments.of(self._problem, ordered, self._mean, denominator, "fused", averaged=True)
+        return whole if self._adds_up(whole.norms_sq_NL) else None
+
+    def _adds_up(self, norms_sq_NL: Tensor) -> bool:
         """Whether what was taken for the mean of the g_i is their mean: random contractions of both agree, for every
         parameter, to what single examples leave of rounding."""
         if len(self._sketches) < len(self._problem.layout.params):

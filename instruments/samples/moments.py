@@ -23,6 +23,7 @@ from instruments.refusal import Refusal
 from instruments.samples import backpack_engine, func_engine, fused_engine, loop_engine
 from instruments.samples.independence import refuse_hidden_parameters
 from instruments.samples.problem import BatchMoments, Engine, SampleProblem
+from instruments.samples.watched import Watched
 
 Array = npt.NDArray[np.float64]
 EngineName = Literal["auto", "fused", "backpack", "torch.func", "loop"]
@@ -134,6 +135,12 @@ def sample_moments(problem: SampleProblem, batches: Sequence[Batch], engine: Eng
                 raise
             reasons.append(f"{name}: {refusal}")
     raise Refusal("no engine could compute per-example gradients. " + " | ".join(reasons))
+
+
+def moments_of_step(problem: SampleProblem, batch: Batch, seen: Watched) -> SampleMoments | None:
+    """The moments from what was seen of the training's own pass; None where they need a pass of their own."""
+    found = fused_engine.moments_of_step(problem, batch, seen)
+    return None if found is None else _scaled(problem.layout, [found], False)
 
 
 def refuse_undefined(module: nn.Module) -> None:

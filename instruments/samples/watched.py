@@ -1,0 +1,182 @@
+"""The forward and backward pass of a training step, watched: per-example gradients without a pass of their own.
+
+Where a model is known (`fused_engine` has found the examples in its graph and checked its rules, and its forward draws
+no random number), what the operations that use parameters saved, and the gradients of their results, are kept as the
+training's own backward pass comes by. Nothing is computed there, nothing is changed, and nothing sits on the model: the
+one hook is torch's global one on module calls, while a pass is waited for; those on the graph go with the graph.
+
+What was seen counts only if it is proved to be of the loss that was given: one forward, one backward pass, no parameter
+that the loss reaches otherwise, and, in `fused_engine.moments_of_step`, the gradient of the model's output and `.grad`.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instruments.layout import Layout
+from instruments.samples.factors import Factor
+from instruments.samples.graph import Node, Use, find_uses
+from instruments.samples.kept import KEPT_BYTES
+from instruments.samples.rules import factor
+
+Billed = Callable[[], AbstractContextManager[Any]]
+
+
+def output_key(layout: Layout, graph: int) -> tuple[object, ...]:
+    """Under which a plan is remembered that goes by the graph of the model's output alone."""
+    return ("output", layout.names, graph)
+
+
+@dataclass
+class Watched:
+    """`factors` by the number of the use; `output` is that of the model, `output_grad` the gradient that came to it.
+
+    `plan` is that of `fused_engine`. `whole` is False once something was seen that cannot be used.
+    """
+
+    layout: Layout
+    uses: list[Use]
+    plan: Any
+    output: Tensor
+    factors: dict[int, Factor] = field(default_factory=dict)
+    output_grad: Tensor | None = None
+    whole: bool = True
+    bytes: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.whole and self.output_grad is not None and len(self.factors) == len(self.uses)
+
+    def drop(self) -> None:
+        """Too much, or not what was expected: let go of what is held."""
+        self.whole, self.factors, self.output_grad = False, {}, None
+
+    def passed_output(self, grads: tuple[Tensor | None, ...]) -> None:
+        """Hook: the backward pass begins at the output of the model."""
+        if self.output_grad is not None or torch.is_grad_enabled():  # a second pass, or one to be differentiated
+            self.drop()
+        elif self.whole:
+            self.output_grad = grads[self.output.output_nr]
+
+    def passed(self, numbers: list[int], delta: Tensor | None) -> None:
+        """Hook: an operation that uses parameters is about to run backward."""
+        for number in numbers:
+            axis = self.plan.axes[number]
+            made = factor(self.uses[number], axis, delta) if self.whole and delta is not None and axis else None
+            if made is None or number in self.factors:
+                self.drop()
+                return
+            self.bytes += made.bytes
+            if self.bytes > KEPT_BYTES:
+                self.drop()
+                return
+            self.factors[number] = made
+
+
+class PassWatch:
+    """Waits for the next pass of a module. `plans` is what is remembered of its graphs, `billed` surrounds all that is
+    done here, since it happens within the user's forward and backward pass."""
+
+    def __init__(self, module: nn.Module, plans: dict[Any, Any], billed: Billed) -> None:
+        self._module, self._plans, self._billed = module, plans, billed
+        self._layout: Layout | None = None
+        self._handle: Any = None
+        self._forwards = 0
+        self._seen: Watched | None = None
+
+    def arm(self, layout: Layout) -> None:
+        """From now on until `take` the forward passes of the module are looked at, if any of its graphs is known."""
+        self.disarm()
+        if not any(key[0] == "output" for key in self._plans) or _compiled():
+            return
+        self._layout = layout
+        self._handle = nn.modules.module.register_module_forward_hook(self._forwarded)
+
+    def disarm(self) -> None:
+        """Forget what was seen, and wait for nothing."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._forwards, self._seen = None, 0, None
+
+    def take(self, loss: Any) -> Watched | None:
+        """What was seen of the pass that this loss went through, if that can be used; disarmed."""
+        seen = self._seen
+        self.disarm()
+        if seen is None or not seen.complete or not isinstance(loss, Tensor) or loss.grad_fn is None:
+            return None
+        return seen if _only_through(loss.grad_fn, seen) else None
+
+    def _forwarded(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is not self._module or not torch.is_grad_enabled():
+            return
+        with self._billed():
+            self._forwards += 1
+            if self._seen is not None:
+                self._seen.drop()
+            try:
+                self._seen = self._watch(output) if self._forwards == 1 else None
+            except Exception:  # whatever it is, it is not the user's concern: the reading makes a pass of its own
+                self._seen = None
+
+    def _watch(self, output: Any) -> Watched | None:
+        if not isinstance(output, Tensor) or output.grad_fn is None or _hooked():
+            return None
+        assert self._layout is not None
+        uses, graph, _ = find_uses(output.grad_fn, self._layout.params)
+        plan = self._plans.get(output_key(self._layout, graph))
+        if plan is None:
+            return None
+        seen = Watched(self._layout, uses, plan, output)
+        by_node: dict[Node, list[int]] = {}
+        for number, use in enumerate(uses):
+            by_node.setdefault(use.node, []).append(number)
+        output.grad_fn.register_prehook(self._guarded(seen, lambda grads: seen.passed_output(grads)))
+        for node, numbers in by_node.items():
+            node.register_prehook(self._guarded(seen, lambda grads, numbers=numbers: seen.passed(numbers, grads[0])))
+        return seen
+
+    def _guarded(self, seen: Watched, hook: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Nothing that goes wrong here may reach the user's backward pass."""
+
+        def safe(grads: Any) -> None:
+            if seen.whole:
+                with self._billed():
+                    try:
+                        hook(grads)
+                    except Exception:
+                        seen.drop()
+
+        return safe
+
+
+def _only_through(root: Node, seen: Watched) -> bool:
+    """Whether the loss depends on the parameters by way of the model's output alone."""
+    output, known = seen.output.grad_fn, {id(p) for p in seen.layout.params}
+    visited: set[Node] = set()
+    waiting, met = [root], False
+    while waiting:
+        node = waiting.pop()
+        if node is output:
+            met = True
+        elif node is not None and node not in visited:
+            visited.add(node)
+            if id(getattr(node, "variable", None)) in known:
+                return False
+            waiting += [below for below, _ in node.next_functions]
+    return met
+
+
+def _hooked() -> bool:
+    """Whether saved tensors are packed at this moment (offloaded, checkpointed): to look at one would unpack it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _compiled() -> bool:
+    """Whether anything was compiled in this process: a global hook would have it compiled again."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and bool(getattr(utils, "counters", {"frames": True}).get("frames"))
