@@ -21,7 +21,7 @@ from instruments.objective import Batch, Objective
 from instruments.probe import Probe
 from instruments.probe_settings import ProbeSettings
 from instruments.refusal import Refusal
-from instruments.running import unwrapped
+from instruments.running import settle_heap, unwrapped
 from instruments.samples.watched import PassWatch, Watched
 
 
@@ -64,6 +64,7 @@ class Observer:
         graphs = self._plans.setdefault("graphs", {})
         self._passes = PassWatch(self._module, graphs, lambda: self._clock.bucket("observe"))
         self._next_due: tuple[int, list[Station]] | None = None
+        settle_heap()
 
     def observe(self, batch: Batch, loss: Tensor | float | None) -> None:
         """One micro-batch, after its backward."""

@@ -131,8 +131,9 @@ def remembered_layout(
 
 @torch.no_grad()
 def norms_of_difference(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each a - b, (number of tensors,). On a CPU the difference is never held whole, only a piece."""
-    if tensors[0].device.type != "cpu" or _half(tensors):
+    """Euclidean norm of each a - b, (number of tensors,). On a CPU no more than a piece of the difference is held."""
+    small = sum(t.numel() for t in tensors) <= PIECE
+    if small or tensors[0].device.type != "cpu" or _half(tensors):
         return norms_of(torch._foreach_sub([t.detach() for t in tensors], list(others)))
     joined = []
     for t, other in zip(tensors, others, strict=True):

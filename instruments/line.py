@@ -43,14 +43,14 @@ def step_examples(probe: "Probe", before: Sequence[Tensor]) -> StepExamples:
     Where a pass before the step has kept its factors, they are the statistics.
     """
     after = [p.data for p in probe.layout.params]
-    u_D = probe.layout.join(torch._foreach_sub(after, list(before)))
+    steps = torch._foreach_sub(after, list(before))
     after_N = _example_losses(probe)
     kept = probe.kept
     if kept is not None and kept.losses_N is not None and kept.complete(probe.layout):
-        return StepExamples(kept.losses_N, after_N, kept.along(probe.layout, u_D))
+        return StepExamples(kept.losses_N, after_N, kept.along(probe.layout, steps))
     with exchanged(probe.layout.params, before):
         before_N = _example_losses(probe)
-        slope_N = probe.inner_products(u_D)
+        slope_N = probe.inner_products(probe.layout.join(steps))
     return StepExamples(before_N, after_N, slope_N)
 
 

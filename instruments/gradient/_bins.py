@@ -7,11 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from instruments.gradient._tensors import dense
 from instruments.refusal import Refusal
+
+Array = npt.NDArray[np.float64]
 
 INNER, OUTER = 0.01, 0.99  # quantiles of the sizes between which adaptive bins lie
 NOTHING = (-20.0, 0.0)  # powers of two that the bins of nothing but zeros span
@@ -28,9 +32,10 @@ def strided_sample(tensors: Sequence[Tensor], limit: int) -> Tensor:
         raise Refusal("complex numbers have no order, so they have no histogram.")
     wanted = math.ceil(sum(t.numel() for t in tensors) / limit)
     pieces = [dense(t).reshape(-1)[:: _coprime(wanted, t.numel())] for t in tensors]
-    return torch.cat([piece.to(tensors[0].device, torch.float64) for piece in pieces])
+    return torch.cat([piece.to(tensors[0].device) for piece in pieces]).double()
 
 
+@cache
 def _coprime(wanted: int, size: int) -> int:
     """The smallest number from `wanted` on that has no divisor in common with `size`."""
     stride = max(1, wanted)
@@ -65,43 +70,49 @@ def adaptive_limits(sample_S: Tensor, per_sign: int) -> Tensor:
 class Powers:
     """The elements of a float64 sample counted by power of two, from the bits of their exponents: no search in limits.
 
-    A code is sign and exponent, and whether the element is that very power of two.
+    A code is sign and exponent, and whether the element is that very power of two. The sample is bounded, and counted
+    on the host.
     """
 
     def __init__(self, sample_S: Tensor) -> None:
-        bits_S = sample_S.view(torch.int64)
-        exact_S = (bits_S & (2**52 - 1)) == 0
-        code_S = (bits_S >> 52).add_(2**11).add_(exact_S, alpha=2**12)
-        self._counts, self._size = torch.bincount(code_S, minlength=CODES).double(), len(sample_S)
-        self._device = sample_S.device
+        bits_S = sample_S.cpu().numpy().view(np.int64)
+        code_S = (bits_S >> 52) + 2**11 + ((bits_S & (2**52 - 1)) == 0) * 2**12
+        self._counts, self._size = np.bincount(code_S, minlength=CODES), len(bits_S)
 
-    def share(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+    def share(self, of: Callable[[Array], Array]) -> float:
         """The share of elements of whose size `of` is true; it is asked of a size between the same powers of two."""
-        return (self._counts * of(_code_values(self._device).abs())).sum() / self._size
+        return float(self._counts[_codes_of(of)].sum() / self._size)
 
     def histogram(self, low: float, high: float, per_sign: int) -> Tensor:
         """`histogram` by `symmetric_limits` that are all powers of two."""
-        limits_K, bins = _code_bins(low, high, per_sign, self._device)
-        counts = limits_K.new_zeros(len(limits_K) + 1).index_add_(0, bins, self._counts)
-        return torch.stack([limits_K, counts[:-1]])
+        limits_K, bins = _code_bins(low, high, per_sign)
+        met = np.flatnonzero(self._counts)
+        counts = np.bincount(bins[met], weights=self._counts[met], minlength=len(limits_K) + 1)
+        return torch.from_numpy(np.stack([limits_K, counts[:-1]]))
 
 
 CODES = 2**13
 
 
 @cache
-def _code_values(device: torch.device) -> Tensor:
+def _code_values() -> Array:
     """An element of each code; 1.5 times the lower power for those between two."""
-    code = torch.arange(CODES, device=device)
-    between = torch.where(code // 2**12 == 1, 0, 2**51)
-    return (((code % 2**12 - 2**11) << 52) | between).view(torch.float64)
+    code = np.arange(CODES, dtype=np.int64)
+    between = np.where(code // 2**12 == 1, 0, 2**51)
+    return (((code % 2**12 - 2**11) << 52) | between).view(np.float64)
 
 
 @cache
-def _code_bins(low: float, high: float, per_sign: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _codes_of(of: Callable[[Array], Array]) -> npt.NDArray[np.bool_]:
+    return of(np.abs(_code_values()))
+
+
+@cache
+def _code_bins(low: float, high: float, per_sign: int) -> tuple[Array, npt.NDArray[np.int64]]:
     """The limits, and the bin of each code; one behind the last for NaN."""
-    limits_K, values = symmetric_limits(low, high, per_sign, device), _code_values(device)
-    return limits_K, torch.where(values.isnan(), len(limits_K), bin_of(values, limits_K))
+    limits_K, values = symmetric_limits(low, high, per_sign, torch.device("cpu")), torch.from_numpy(_code_values())
+    bins = torch.where(values.isnan(), len(limits_K), bin_of(values, limits_K))
+    return limits_K.numpy(), bins.numpy()
 
 
 def bin_of(sample_S: Tensor, limits_K: Tensor) -> Tensor:

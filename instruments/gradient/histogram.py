@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from instruments.gradient._bins import Powers, adaptive_limits, histogram, strided_sample
-from instruments.gradient._tensors import dense, require_gradient
+from instruments.gradient._bins import Array, Powers, adaptive_limits, histogram, strided_sample
+from instruments.gradient._tensors import dense, largest, nonzero, require_gradient
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
 
@@ -67,23 +67,28 @@ class Histogram(Gauge):
         require_gradient(view.grads)
         grads = [dense(g) for g in view.grads if g is not None and g.numel()]
         sample_S = strided_sample(grads, self.sample)
-        device, total = sample_S.device, sum(g.numel() for g in grads)
-        powers = Powers(sample_S)
-        nonzero = torch.stack([torch.count_nonzero(g).to(device) for g in grads]).sum()
-        extremes = torch.stack([torch.stack(torch.aminmax(g)).to(device, torch.float64) for g in grads])
+        total, powers = sum(g.numel() for g in grads), Powers(sample_S)
         left_out = 1 - len(sample_S) / total
 
-        def estimated(p: Tensor) -> Estimate:
-            return Estimate(p, (p * (1 - p) / len(sample_S) * left_out).sqrt())
+        def estimated(p: float) -> Estimate:
+            return Estimate(p, (p * (1 - p) / len(sample_S) * left_out) ** 0.5)
 
         adaptive = self.bins == "adaptive"
         return {
             "histogram": histogram(sample_S, adaptive_limits(sample_S, PER_SIGN))
             if adaptive
             else powers.histogram(*FIXED),
-            "zeros": 1 - nonzero.double() / total,
-            "largest": extremes.abs().max(),
-            "underflow": estimated(powers.share(lambda size: (size > 0) & (size < SMALLEST_HALF))),
-            "overflow": estimated((sample_S.abs() > LARGEST_HALF).double().mean()),
-            "not_finite": estimated(powers.share(lambda size: ~size.isfinite())),
+            "zeros": 1 - nonzero(grads) / total,
+            "largest": largest(grads),
+            "underflow": estimated(powers.share(_underflows)),
+            "overflow": estimated(float((sample_S.abs() > LARGEST_HALF).double().mean())),
+            "not_finite": estimated(powers.share(_not_finite)),
         }
+
+
+def _underflows(size: Array) -> npt.NDArray[np.bool_]:
+    return (size > 0) & (size < SMALLEST_HALF)
+
+
+def _not_finite(size: Array) -> npt.NDArray[np.bool_]:
+    return ~np.isfinite(size)

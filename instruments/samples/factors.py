@@ -258,7 +258,8 @@ class Convolved(Factor):
         x, delta = (t.flatten(0, 1) for t in (self.inputs, self.deltas))
         weight = direction.reshape(self.shape).to(x.dtype)
         result: Tensor = torch.ops.aten.convolution(x, weight, None, *self.settings, self.groups)
-        return (result * delta).reshape(len(self.inputs), -1).sum(1)
+        by_image = result.mul_(delta).sum(tuple(range(1, delta.ndim)))  # without a copy, whatever the memory format
+        return by_image.view(len(self.inputs), -1).sum(1)
 
     def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor] | None:
         """Channels are contracted to one on either side, which leaves a convolution of one channel."""
@@ -267,8 +268,9 @@ class Convolved(Factor):
         x, delta = (t.flatten(0, 1) for t in (self.inputs, self.deltas))  # (images, channels, *space)
         r_x, r_delta = (unit_normal(t.shape[1], t) for t in (x, delta))
         one = whole.new_empty((1, 1, *self.shape[2:]), dtype=x.dtype)
-        contracted = [torch.tensordot(t, r, ([1], [0])).unsqueeze(1) for t, r in ((delta, r_delta), (x, r_x))]
-        grads = torch.ops.aten.convolution_backward(*contracted, one, None, *self.settings, 1, [False, True, False])
+        grads = torch.ops.aten.convolution_backward(
+            _one_channel(delta, r_delta), _one_channel(x, r_x), one, None, *self.settings, 1, [False, True, False]
+        )
         first, second = (r_x, r_delta) if self.settings[3] else (r_delta, r_x)  # transposed: (in, out, *kernel)
         w = torch.tensordot(torch.tensordot(first, whole.reshape(self.shape).to(x.dtype), 1), second, ([0], [0]))
         return grads[1].reshape(-1), w.reshape(-1)
@@ -330,13 +332,22 @@ def in_chunks(
             every = blocks(examples, size, like, large=True)
             others = (g_nd if other == some else rows(other).flatten(1) for other in every)
             gram.append(torch.cat([g_nd @ other_nd.T for other_nd in others], 1))
-        squares_nd = g_nd.square()
-        norms.append(squares_nd.sum(1))
-        if "second_moment" in wants:
+        if "second_moment" not in wants:
+            norms.append(torch.linalg.vector_norm(g_nd, dim=1).square_())
+        else:
+            squares_nd = g_nd.square()
+            norms.append(squares_nd.sum(1))
             squares_d = squares_nd.sum(0) if squares_d is None else squares_d + squares_nd.sum(0)
     return Statistics(
         torch.cat(norms), squares_d, torch.cat(inner) if inner else None, torch.cat(gram) if gram else None
     )
+
+
+def _one_channel(t: Tensor, r: Tensor) -> Tensor:
+    """Images (n, c, *space) whose channels are added with the weights r, by the product that suits the memory format."""
+    if t.stride(1) == 1:
+        return (t.movedim(1, -1) @ r).unsqueeze(1)
+    return (r @ t.flatten(2)).view(len(t), 1, *t.shape[2:])
 
 
 @cache

@@ -3,6 +3,7 @@
 Shapes: N = examples of one batch, D = trainable scalars.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from instruments.layout import Layout
 from instruments.samples.factors import Factor
 from instruments.samples.graph import Use
-from instruments.samples.problem import flat_pieces
 
 KEPT_BYTES = 2**26
 """Most that is kept, activations and their gradients; for more, a pass of its own costs less than the memory."""
@@ -51,13 +51,12 @@ class KeptFactors:
         """Whether every parameter tensor is here."""
         return len(self.factors) == len(layout.params)
 
-    def along(self, layout: Layout, direction_D: Tensor) -> Tensor:
-        """(N,): <g_i, direction>."""
+    def along(self, layout: Layout, directions: Sequence[Tensor]) -> Tensor:
+        """(N,): <g_i, direction>, the direction in the shape of each parameter."""
         total_N: Tensor | None = None
-        for index, piece in enumerate(flat_pieces(layout, direction_D)):
+        for index, direction in enumerate(directions):
             use, factor = self.factors[index]
-            direction = piece.view(layout.params[index].shape)
-            inner_N = factor.along(direction if use is None else use.from_parameter(direction)).to(direction_D.dtype)
+            inner_N = factor.along(direction if use is None else use.from_parameter(direction)).to(layout.dtype)
             total_N = inner_N if total_N is None else total_N.add_(inner_N)
         assert total_N is not None
         return total_N * self.unit

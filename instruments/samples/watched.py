@@ -47,6 +47,7 @@ class Watched:
     output_grad: Tensor | None = None
     whole: bool = True
     bytes: int = 0
+    handles: list[Any] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -55,6 +56,12 @@ class Watched:
     def drop(self) -> None:
         """Too much, or not what was expected: let go of what is held."""
         self.whole, self.factors, self.output_grad = False, {}, None
+
+    def release(self) -> None:
+        """The hooks go: they hold what was seen, which holds the graph, which holds them, out of sight of Python."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
     def passed_output(self, grads: tuple[Tensor | None, ...]) -> None:
         """Hook: the backward pass begins at the output of the model."""
@@ -101,6 +108,8 @@ class PassWatch:
         """Forget what was seen, and wait for nothing."""
         if self._handle is not None:
             self._handle.remove()
+        if self._seen is not None:
+            self._seen.release()
         self._handle, self._forwards, self._seen = None, 0, None
 
     def take(self, loss: Any) -> Watched | None:
@@ -118,6 +127,7 @@ class PassWatch:
             self._forwards += 1
             if self._seen is not None:
                 self._seen.drop()
+                self._seen.release()
             try:
                 self._seen = self._watch(output) if self._forwards == 1 else None
             except Exception:  # whatever it is, it is not the user's concern: the reading makes a pass of its own
@@ -135,9 +145,10 @@ class PassWatch:
         by_node: dict[Node, list[int]] = {}
         for number, use in enumerate(uses):
             by_node.setdefault(use.node, []).append(number)
-        output.grad_fn.register_prehook(self._guarded(seen, lambda grads: seen.passed_output(grads)))
+        hooks = [(output.grad_fn, lambda grads: seen.passed_output(grads))]
         for node, numbers in by_node.items():
-            node.register_prehook(self._guarded(seen, lambda grads, numbers=numbers: seen.passed(numbers, grads[0])))
+            hooks.append((node, lambda grads, numbers=numbers: seen.passed(numbers, grads[0])))
+        seen.handles = [node.register_prehook(self._guarded(seen, hook)) for node, hook in hooks]
         return seen
 
     def _guarded(self, seen: Watched, hook: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -3,15 +3,19 @@
 Shapes: N = examples of the step.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -53,36 +57,40 @@ class Alpha(Gauge):
 
     def read(self, view: View) -> Values:
         examples = view.step_examples
-        slope_N = examples.slope_N.double()
-        bend_N = examples.after_N.double() - examples.before_N.double() - slope_N
-        slope, bend = slope_N.mean(), bend_N.mean()
+        losses_3N = torch.stack([examples.slope_N, examples.after_N, examples.before_N]).double().cpu().numpy()
+        slope_N, bend_N = losses_3N[0], losses_3N[1] - losses_3N[2] - losses_3N[0]
+        slope, bend = _mean(slope_N), _mean(bend_N)
+        b, c = float(slope.value), float(bend.value)
         return {
-            "alpha": Estimate(alpha(slope, bend), _jackknife(slope_N, bend_N)),
-            "slope": _mean(slope_N),
-            "curvature": _mean(2 * bend_N),
-            "concave": (bend <= 0).double(),
-            "uphill": (slope >= 0).double(),
+            "alpha": Estimate(float(alpha(b, c)), _jackknife(slope_N, bend_N)),
+            "slope": slope,
+            "curvature": Estimate(2 * c, 2 * float(bend.stderr)),
+            "concave": float(c <= 0),
+            "uphill": float(b >= 0),
         }
 
 
-def alpha(slope: Tensor, bend: Tensor) -> Tensor:
+def alpha(slope: Any, bend: Any) -> Any:
     """2 c / (-b) - 1 for slope b and bend c; NaN where the slope is not negative."""
-    return torch.where(slope < 0, 2 * bend / -slope - 1, float("nan"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(slope < 0, 2 * bend / -np.asarray(slope) - 1, np.nan)
 
 
-def _jackknife(slope_N: Tensor, bend_N: Tensor) -> Tensor:
+def _jackknife(slope_N: Array, bend_N: Array) -> float:
     """Standard error of alpha: each example is left out once. NaN for one example, infinite where leaving one out turns
     the slope uphill."""
     n = len(slope_N)
     if n < 2:
-        return slope_N.new_tensor(float("nan"))
+        return math.nan
     left_slope_N, left_bend_N = ((x_N.sum() - x_N) / (n - 1) for x_N in (slope_N, bend_N))
+    if slope_N.sum() < 0 and (left_slope_N >= 0).any():
+        return math.inf
     alpha_N = alpha(left_slope_N, left_bend_N)
-    error = ((n - 1) / n * (alpha_N - alpha_N.mean()).square().sum()).sqrt()
-    downhill = slope_N.mean() < 0
-    return torch.where(downhill & (left_slope_N >= 0).any(), float("inf"), error)
+    away_N = alpha_N - alpha_N.sum() / n
+    return math.sqrt((n - 1) / n * float(away_N @ away_N))
 
 
-def _mean(x_N: Tensor) -> Estimate:
-    deviation = x_N.std() if len(x_N) > 1 else x_N.new_tensor(float("nan"))
-    return Estimate(x_N.mean(), deviation / len(x_N) ** 0.5)
+def _mean(x_N: Array) -> Estimate:
+    n, mean = len(x_N), float(x_N.sum() / len(x_N))
+    away_N = x_N - mean
+    return Estimate(mean, math.sqrt(float(away_N @ away_N) / (n - 1) / n) if n > 1 else math.nan)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from instruments.instrument import Instrument, Output, State, Values
-from instruments.layout import norms_of
+from instruments.layout import norms_of, norms_of_difference
 from instruments.view import Need, View
 
 
@@ -47,14 +47,15 @@ class Distance(Instrument):
         return 0.05
 
     def init(self) -> State:
-        return {"names": [], "start": []}
+        return {"names": [], "start": [], "lengths": None}
 
     def advance(self, view: View, state: State) -> tuple[Values, State]:
         now, names = view.parameters, list(view.layout.names)
         if state["names"] != names or not _same_shapes(now, state["start"]):
-            state = {"names": names, "start": [p.clone() for p in now]}
+            start = [p.clone() for p in now]
+            state = {"names": names, "start": start, "lengths": norms_of(start)}
         start = [p0.to(p) for p, p0 in zip(now, state["start"], strict=True)]
-        moved_L, start_L = norms_of(torch._foreach_sub(now, start)), norms_of(start)
+        moved_L, start_L = norms_of_difference(now, start), state["lengths"].to(now[0].device)
         distance = torch.linalg.vector_norm(moved_L)
         values: Values = {
             "distance": distance,
