@@ -227,6 +227,7 @@ class Cockpit:
         return {
             "step": self.step,
             "compared": self._observer.loop.compared,
+            "matched": self._observer.loop.matched,
             "gradient_factor": self._observer.loop.gradient_factor,
             "clock": self.clock.state_dict(),
             "readout": self._readout.state_dict(),
@@ -239,7 +240,7 @@ class Cockpit:
         if not self.enabled or not state:
             return
         loop = self._observer.loop
-        loop.step, loop.compared = int(state["step"]), bool(state["compared"])
+        loop.step, loop.compared, loop.matched = int(state["step"]), bool(state["compared"]), bool(state["matched"])
         loop.begun_at = loop.step
         loop.gradient_factor = float(state["gradient_factor"])
         self._recorder.from_step = loop.step

@@ -23,6 +23,7 @@ class LoopState:
     stepping: bool = False
     skipping: bool = False
     compared: bool = False
+    matched: bool = False  # the gradient of the loss that was given is the one that is trained
     gradient_factor: float = 1.0
     version: int = 0
     layers: tuple[str, ...] = ()

@@ -97,8 +97,9 @@ class Observer:
         return self._next_due[1]
 
     def _watch_next_pass(self) -> None:
-        """Where single examples are to be read at the next step, its own forward and backward pass is watched."""
-        can = self._accumulate == 1 and self._scaler is None and self._settings.mode == "train" and self._watch.hooked
+        """Where single examples are to be read at the next step, its own forward and backward pass is watched: of a
+        loss that was seen to be the one that is trained."""
+        can = self.loop.matched and self._accumulate == 1 and self._settings.mode == "train" and self._watch.hooked
         if can and any(s.instrument.needs & (SAMPLES | STEP_EXAMPLES) for s in self._readout.affordable(self._due())):
             layout = remembered_layout(self._plans, self._module, self._settings.patterns, self._optimizers)
             self._passes.arm(layout)
@@ -285,7 +286,7 @@ class Observer:
         except Exception as error:  # the user's loss function may raise anything
             self.event("gradient_unchecked", reason=f"{type(error).__name__}: {error}")
             return
-        self.loop.gradient_factor = match.factor
+        self.loop.gradient_factor, self.loop.matched = match.factor, match.verdict == "equal"
         if match.verdict == "equal":
             return
         name = "gradient_mismatch" if match.verdict == "unexplained" else "gradient_note"

@@ -260,7 +260,7 @@ class Probe(AbstractContextManager["Probe"]):
         return self._moments
 
     def keep(self) -> None:
-        """Before the step: where the training's own pass was watched, its factors stay for the slopes along the step."""
+        """Before the step: where training's own pass was watched, its factors stay for the slopes along the step."""
         if self._keeps and self.kept is None and self._watched is not None:
             self.kept = KeptFactors.of(self.layout)
             if self._moments_of_step(self._problem(frozenset(), kept=self.kept)) is None:
@@ -281,9 +281,7 @@ class Probe(AbstractContextManager["Probe"]):
 
         graphs = self.plans.setdefault("graphs", {})
         grads = None if direction_D is not None else self.unscaled_grads
-        return SampleProblem(
-            self.module, self.layout, self.objective, pinned, wants, direction_D, graphs, kept, grads
-        )
+        return SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, graphs, kept, grads)
 
     @cached_property
     def preconditioner(self) -> Preconditioner:

@@ -97,7 +97,11 @@ class Tic(Gauge):
     def price(self, view: View) -> float:
         engines = self._engines
         engine = engines[0] if len(engines) == 1 or view.diagonals.drawable() else engines[1]
-        return view.sample_pass + 2 / 3 + price_of_diagonal(view, engine, self.matrix, products=self.probes, draws=self.draws)
+        return (
+            view.sample_pass
+            + 2 / 3
+            + price_of_diagonal(view, engine, self.matrix, products=self.probes, draws=self.draws)
+        )
 
     def read(self, view: View) -> Values:
         moments = view.moments

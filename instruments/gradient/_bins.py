@@ -16,6 +16,7 @@ from instruments.gradient._tensors import dense
 from instruments.refusal import Refusal
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 INNER, OUTER = 0.01, 0.99  # quantiles of the sizes between which adaptive bins lie
 NOTHING = (-20.0, 0.0)  # powers of two that the bins of nothing but zeros span
@@ -79,7 +80,7 @@ class Powers:
         code_S = (bits_S >> 52) + 2**11 + ((bits_S & (2**52 - 1)) == 0) * 2**12
         self._counts, self._size = np.bincount(code_S, minlength=CODES), len(bits_S)
 
-    def share(self, of: Callable[[Array], Array]) -> float:
+    def share(self, of: Callable[[Array], Mask]) -> float:
         """The share of elements of whose size `of` is true; it is asked of a size between the same powers of two."""
         return float(self._counts[_codes_of(of)].sum() / self._size)
 
@@ -103,7 +104,7 @@ def _code_values() -> Array:
 
 
 @cache
-def _codes_of(of: Callable[[Array], Array]) -> npt.NDArray[np.bool_]:
+def _codes_of(of: Callable[[Array], Mask]) -> Mask:
     return of(np.abs(_code_values()))
 
 

@@ -61,7 +61,7 @@ class EarlyStopping(Instrument):
         reading = (1 - mean, 1 - (n - 3) / (n - 1) * mean)
         readings = [*state["readings"], reading][-self.pool :] if np.isfinite(mean) else state["readings"]
         criterion, corrected = pooled_means(readings)
-        values = {"criterion": criterion, "corrected": corrected, "of_batch": 1 - mean, "silent": silent}
+        values: Values = {"criterion": criterion, "corrected": corrected, "of_batch": 1 - mean, "silent": silent}
         return values, {"readings": readings}
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from instruments.gradient._bins import Array, Powers, adaptive_limits, histogram, strided_sample
+from instruments.gradient._bins import Array, Mask, Powers, adaptive_limits, histogram, strided_sample
 from instruments.gradient._tensors import dense, largest, nonzero, require_gradient
 from instruments.instrument import Estimate, Gauge, Output, Values
 from instruments.view import Need, View
@@ -86,9 +85,9 @@ class Histogram(Gauge):
         }
 
 
-def _underflows(size: Array) -> npt.NDArray[np.bool_]:
+def _underflows(size: Array) -> Mask:
     return (size > 0) & (size < SMALLEST_HALF)
 
 
-def _not_finite(size: Array) -> npt.NDArray[np.bool_]:
+def _not_finite(size: Array) -> Mask:
     return ~np.isfinite(size)

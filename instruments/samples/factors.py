@@ -1,9 +1,9 @@
 """Per-example gradients of one parameter in the form that an operation leaves them, and their statistics.
 
-A gradient of a weight that is used at T positions is a product of two thin matrices; one of an embedding has a few
-rows. What can be had from the factors is not computed from the gradient, which is formed in blocks only.
+A gradient of a weight that is used at T positions is a product of two thin matrices (`outer`); one of an embedding has
+a few rows. What can be had from the factors is not computed from the gradient, which is formed in blocks only.
 
-Shapes: N = examples, n = some of them, T = positions of an example, G = groups, (p, q) = the weight of a group.
+Shapes: N = examples, n = some of them.
 """
 
 from abc import ABC, abstractmethod
@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from instruments.samples.graph import Use
-from instruments.samples.problem import Statistics, Want
+from instruments.samples.problem import Statistics, Wants
 
 BLOCK_SCALARS = {"cpu": 2**17}
 """Scalars of gradients formed at a time: on a CPU what its caches hold, two to three times faster than more."""
 LARGE_BLOCK = 2**23
-
-Wants = frozenset[Want]
 
 
 class Factor(ABC):
@@ -43,8 +41,8 @@ class Factor(ABC):
 
     def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor] | None:
         """Two vectors that are equal where the gradients of all examples add up to `whole`, and otherwise differ with
-        certainty, but for rounding: both multiplied by the same fixed random unit vectors (Freivalds 1977). At most a
-        few products of a matrix with a vector; None where it cannot be had so."""
+        certainty, but for rounding: both multiplied by the same fixed random unit vector (Freivalds 1977). A few
+        products of a matrix with a vector; None where it cannot be had so."""
         return None
 
     @property
@@ -89,88 +87,6 @@ class Direct(Factor):
 
     def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor]:
         return self.grads.sum(0).reshape(-1), whole.reshape(-1).to(self.grads.dtype)
-
-
-@dataclass(frozen=True)
-class Outer(Factor):
-    """g_i = a_i' b_i in each of G groups, (G, p, q), seen as `shape`."""
-
-    a_NGTp: Tensor
-    b_NGTq: Tensor
-    shape: tuple[int, ...]
-
-    def rows(self, some: slice) -> Tensor:
-        return (self.a_NGTp[some].mT @ self.b_NGTq[some]).reshape(-1, *self.shape)
-
-    def along(self, direction: Tensor) -> Tensor:
-        n, groups, positions, p = self.a_NGTp.shape
-        q = self.b_NGTq.shape[3]
-        v_Gpq = direction.reshape(groups, p, q).to(self.a_NGTp.dtype)
-        if groups == 1:  # plain matrices are multiplied faster than batches of them
-            inner_R = _bilinear(self.a_NGTp.reshape(-1, p), v_Gpq[0], self.b_NGTq.reshape(-1, q))
-            return inner_R.view(n, positions).sum(1)
-        return ((self.a_NGTp @ v_Gpq) * self.b_NGTq).sum((1, 2, 3))
-
-    def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor]:
-        _, groups, _, p = self.a_NGTp.shape
-        q = self.b_NGTq.shape[3]
-        r_q = unit_normal(q, self.b_NGTq)
-        w_Gpq = whole.reshape(groups, p, q).to(r_q.dtype)
-        if groups == 1:
-            return self.a_NGTp.reshape(-1, p).T @ (self.b_NGTq.reshape(-1, q) @ r_q), w_Gpq[0] @ r_q
-        return torch.einsum("ngtp,ngt->gp", self.a_NGTp, self.b_NGTq @ r_q).reshape(-1), (w_Gpq @ r_q).reshape(-1)
-
-    def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
-        _, groups, positions, p = self.a_NGTp.shape
-        q = self.b_NGTq.shape[3]
-        v_Gpq = None if direction is None else direction.reshape(groups, p, q).to(self.a_NGTp.dtype)
-        if positions == 1:
-            return self._rank_one(wants, v_Gpq)
-        if v_Gpq is None and not wants and positions * (p + q) < p * q:
-            return Statistics(((self.a_NGTp @ self.a_NGTp.mT) * (self.b_NGTq @ self.b_NGTq.mT)).sum((1, 2, 3)))
-        return self._in_blocks(wants, v_Gpq)
-
-    def _rank_one(self, wants: Wants, v_Gpq: Tensor | None) -> Statistics:
-        """One position: |g|^2 = |a|^2 |b|^2, g^2 = a^2 b^2, <g, v> = a v b, <g_i, g_j> = <a_i, a_j> <b_i, b_j>."""
-        groups = [
-            _rank_one_of(wants, self.a_NGTp[:, g, 0], self.b_NGTq[:, g, 0], None if v_Gpq is None else v_Gpq[g])
-            for g in range(self.a_NGTp.shape[1])
-        ]  # plain matrices are multiplied faster than batches of one
-        if len(groups) == 1:
-            return groups[0]
-
-        def stacked(name: str) -> Tensor | None:
-            return None if getattr(groups[0], name) is None else torch.stack([getattr(group, name) for group in groups])
-
-        norms, inner, gram = (stacked(name) for name in ("norms_sq_N", "inner_N", "gram_NN"))
-        assert norms is not None
-        return Statistics(
-            norms.sum(0),
-            stacked("squares_d"),
-            None if inner is None else inner.sum(0),
-            None if gram is None else gram.sum(0),
-        )
-
-    def _in_blocks(self, wants: Wants, v_Gpq: Tensor | None) -> Statistics:
-        """All examples together, a bounded number of rows of the weight at a time."""
-        n, groups, _, p = self.a_NGTp.shape
-        q = self.b_NGTq.shape[3]
-        norms_N = self.a_NGTp.new_zeros(n)
-        inner_N = None if v_Gpq is None else torch.zeros_like(norms_N)
-        gram_NN = self.a_NGTp.new_zeros(n, n) if "gram" in wants else None
-        squares: list[Tensor] = []
-        for rows in blocks(p, n * groups * q, self.a_NGTp):
-            g_NGrq = self.a_NGTp[..., rows].mT @ self.b_NGTq
-            g_Nd = g_NGrq.reshape(n, -1)
-            if inner_N is not None and v_Gpq is not None:
-                inner_N += g_Nd @ v_Gpq[:, rows].reshape(-1)
-            if gram_NN is not None:
-                gram_NN += g_Nd @ g_Nd.T
-            g_Nd.square_()
-            norms_N += g_Nd.sum(1)
-            if "second_moment" in wants:
-                squares.append(g_NGrq.sum(0))
-        return Statistics(norms_N, torch.cat(squares, 1) if squares else None, inner_N, gram_NN)
 
 
 @dataclass(frozen=True)
@@ -261,20 +177,6 @@ class Convolved(Factor):
         by_image = result.mul_(delta).sum(tuple(range(1, delta.ndim)))  # without a copy, whatever the memory format
         return by_image.view(len(self.inputs), -1).sum(1)
 
-    def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Channels are contracted to one on either side, which leaves a convolution of one channel."""
-        if self.groups > 1:
-            return None
-        x, delta = (t.flatten(0, 1) for t in (self.inputs, self.deltas))  # (images, channels, *space)
-        r_x, r_delta = (unit_normal(t.shape[1], t) for t in (x, delta))
-        one = whole.new_empty((1, 1, *self.shape[2:]), dtype=x.dtype)
-        grads = torch.ops.aten.convolution_backward(
-            _one_channel(delta, r_delta), _one_channel(x, r_x), one, None, *self.settings, 1, [False, True, False]
-        )
-        first, second = (r_x, r_delta) if self.settings[3] else (r_delta, r_x)  # transposed: (in, out, *kernel)
-        w = torch.tensordot(torch.tensordot(first, whole.reshape(self.shape).to(x.dtype), 1), second, ([0], [0]))
-        return grads[1].reshape(-1), w.reshape(-1)
-
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         return in_chunks(self.rows, self.inputs, len(self.inputs), prod(self.shape), wants, direction)
 
@@ -320,12 +222,13 @@ def in_chunks(
     rows: Callable[[slice], Tensor], like: Tensor, examples: int, size: int, wants: Wants, direction: Tensor | None
 ) -> Statistics:
     """The statistics of gradients that are formed, a bounded number of scalars of them at a time."""
-    norms, inner = [], []
+    norms, inner, sums = [], [], []
     squares_d: Tensor | None = None
     gram: list[Tensor] = []
     every_pair = "gram" in wants
     for some in blocks(examples, size, like, large=every_pair):
         g_nd = rows(some).reshape(some.stop - some.start, -1)
+        sums.append(g_nd.sum(0))
         if direction is not None:
             inner.append(g_nd @ direction.reshape(-1).to(g_nd.dtype))
         if every_pair:
@@ -339,43 +242,24 @@ def in_chunks(
             norms.append(squares_nd.sum(1))
             squares_d = squares_nd.sum(0) if squares_d is None else squares_d + squares_nd.sum(0)
     return Statistics(
-        torch.cat(norms), squares_d, torch.cat(inner) if inner else None, torch.cat(gram) if gram else None
+        torch.cat(norms),
+        squares_d,
+        torch.cat(inner) if inner else None,
+        torch.cat(gram) if gram else None,
+        torch.stack(sums).sum(0),
     )
-
-
-def _one_channel(t: Tensor, r: Tensor) -> Tensor:
-    """Images (n, c, *space) whose channels are added with the weights r, by the product that suits the memory format."""
-    if t.stride(1) == 1:
-        return (t.movedim(1, -1) @ r).unsqueeze(1)
-    return (r @ t.flatten(2)).view(len(t), 1, *t.shape[2:])
 
 
 @cache
 def _unit_normal(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     r = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-    return (r / r.norm().clamp_min(1e-300)).to(device=device, dtype=dtype)
+    unit: Tensor = (r / r.norm().clamp_min(1e-300)).to(device=device, dtype=dtype)
+    return unit
 
 
 def unit_normal(size: int, like: Tensor) -> Tensor:
     """A random unit vector, always the same for its size."""
     return _unit_normal(size, like.dtype, like.device)
-
-
-def _rank_one_of(wants: Wants, a_Np: Tensor, b_Nq: Tensor, v_pq: Tensor | None) -> Statistics:
-    a2_Np, b2_Nq = a_Np.square(), b_Nq.square()
-    return Statistics(
-        a2_Np.sum(1).mul_(b2_Nq.sum(1)),
-        a2_Np.T @ b2_Nq if "second_moment" in wants else None,
-        None if v_pq is None else _bilinear(a_Np, v_pq, b_Nq),
-        (a_Np @ a_Np.T).mul_(b_Nq @ b_Nq.T) if "gram" in wants else None,
-    )
-
-
-def _bilinear(a_Np: Tensor, v_pq: Tensor, b_Nq: Tensor) -> Tensor:
-    """a_i' v b_i, from the shorter side."""
-    if a_Np.shape[1] <= b_Nq.shape[1]:
-        return (a_Np @ v_pq).mul_(b_Nq).sum(1)
-    return (b_Nq @ v_pq.T).mul_(a_Np).sum(1)
 
 
 def blocks(count: int, each: int, like: Tensor, *, large: bool = False) -> list[slice]:

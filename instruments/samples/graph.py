@@ -5,7 +5,7 @@ same. Between parameter and operation may stand views (a transpose, a slice), wh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class Use:
         if found.squares_d is None:
             return found
         squares = self.to_parameter(found.squares_d.reshape(self.shape))
-        return Statistics(found.norms_sq_N, squares, found.inner_N, found.gram_NN)
+        return replace(found, squares_d=squares)
 
 
 REORDERING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "MaskedS", "PackPadded", "Roll", "Flip")
@@ -133,7 +133,9 @@ def find_uses(root: Node, params: Sequence[Tensor]) -> Uses:
         leaf = leaves.get(id(p))
         if leaf is not None:
             _climb(index, leaf, (), tuple(p.shape), consumers, uses)
-    chains = tuple((u.index, u.slot, u.name, u.flipped, u.shape, tuple((n.name(), out) for n, out in u.chain)) for u in uses)
+    chains = tuple(
+        (u.index, u.slot, u.name, u.flipped, u.shape, tuple((n.name(), out) for n, out in u.chain)) for u in uses
+    )
     return Uses(uses, hash((tuple(names), tuple(shapes), chains)), reorders)
 
 

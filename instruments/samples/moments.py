@@ -83,17 +83,20 @@ class SampleMoments:
     @cached_property
     def inner_N(self) -> Array:
         """<g_i, mean>, (N,); needs `inner_NL`."""
-        return self._inner_NL.sum(1)
+        inner_N: Array = self._inner_NL.sum(1)
+        return inner_N
 
     @cached_property
     def sum_of_squares_L(self) -> Array:
         """A = sum over examples of |g_i|^2, by parameter tensor."""
-        return self._norms_sq_NL.sum(0)
+        a_L: Array = self._norms_sq_NL.sum(0)
+        return a_L
 
     @cached_property
     def square_of_sum_L(self) -> Array:
         """Q = |sum over examples of g_i|^2, by parameter tensor."""
-        return np.square(self.examples * _on_host(norms_of(self.mean)))
+        q_L: Array = np.square(self.examples * _on_host(norms_of(self.mean)))
+        return q_L
 
     @cached_property
     def left_out_sums(self) -> tuple[Array, Array]:
@@ -204,4 +207,6 @@ def _scaled(layout: Layout, parts: Sequence[BatchMoments], given: bool) -> Sampl
 
 def _added(by_batch: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Of several batches, tensor by tensor."""
-    return list(by_batch[0]) if len(by_batch) == 1 else [torch.stack(same).sum(0) for same in zip(*by_batch, strict=True)]
+    return (
+        list(by_batch[0]) if len(by_batch) == 1 else [torch.stack(same).sum(0) for same in zip(*by_batch, strict=True)]
+    )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from instruments.samples.kept import KeptFactors
 
 Want = Literal["second_moment", "inner_products", "gram"]
+Wants = frozenset[Want]
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ class SampleProblem:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the gradients g_i (one parameter tensor, N examples): |g_i|^2, sum g_i^2, <g_i, direction>, <g_i, g_j>."""
+    """Of the gradients g_i (one parameter tensor, N examples): |g_i|^2, sum g_i^2, <g_i, direction>, <g_i, g_j>, and
+    their sum where it costs nothing."""
 
     norms_sq_N: Tensor
     squares_d: Tensor | None = None
     inner_N: Tensor | None = None
     gram_NN: Tensor | None = None
+    sum_d: Tensor | None = None
 
 
 @dataclass(frozen=True)

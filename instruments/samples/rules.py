@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from instruments.samples.axes import ExampleAxis
-from instruments.samples.factors import Convolved, Direct, Factor, Lookup, Outer
+from instruments.samples.factors import Convolved, Direct, Factor, Lookup
 from instruments.samples.graph import Use
+from instruments.samples.outer import Outer
 
 Rule = Callable[[Use, ExampleAxis, Tensor], Factor | None]
 """(use, where the examples are in the gradient of the result, that gradient) -> factor; None where it does not fit."""

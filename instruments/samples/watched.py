@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from instruments.samples.kept import KEPT_BYTES
 from instruments.samples.rules import factor
 
 Billed = Callable[[], AbstractContextManager[Any]]
+Hook = Callable[[tuple[Tensor | None, ...]], None]
 
 
 def output_key(layout: Layout, graph: int) -> tuple[object, ...]:
@@ -65,17 +67,15 @@ class Watched:
 
     def passed_output(self, grads: tuple[Tensor | None, ...]) -> None:
         """Hook: the backward pass begins at the output of the model."""
-        if self.output_grad is not None or torch.is_grad_enabled():  # a second pass, or one to be differentiated
-            self.drop()
-        elif self.whole:
-            self.output_grad = grads[self.output.output_nr]
+        self.output_grad = grads[self.output.output_nr]
 
-    def passed(self, numbers: list[int], delta: Tensor | None) -> None:
+    def passed(self, numbers: list[int], grads: tuple[Tensor | None, ...]) -> None:
         """Hook: an operation that uses parameters is about to run backward."""
+        delta = grads[0]
         for number in numbers:
             axis = self.plan.axes[number]
             made = factor(self.uses[number], axis, delta) if self.whole and delta is not None and axis else None
-            if made is None or number in self.factors:
+            if made is None:
                 self.drop()
                 return
             self.bytes += made.bytes
@@ -145,16 +145,15 @@ class PassWatch:
         by_node: dict[Node, list[int]] = {}
         for number, use in enumerate(uses):
             by_node.setdefault(use.node, []).append(number)
-        hooks = [(output.grad_fn, lambda grads: seen.passed_output(grads))]
-        for node, numbers in by_node.items():
-            hooks.append((node, lambda grads, numbers=numbers: seen.passed(numbers, grads[0])))
+        hooks: list[tuple[Node, Hook]] = [(output.grad_fn, seen.passed_output)]
+        hooks += [(node, partial(seen.passed, numbers)) for node, numbers in by_node.items()]
         seen.handles = [node.register_prehook(self._guarded(seen, hook)) for node, hook in hooks]
         return seen
 
-    def _guarded(self, seen: Watched, hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    def _guarded(self, seen: Watched, hook: Hook) -> Hook:
         """Nothing that goes wrong here may reach the user's backward pass."""
 
-        def safe(grads: Any) -> None:
+        def safe(grads: tuple[Tensor | None, ...]) -> None:
             if seen.whole:
                 with self._billed():
                     try:

@@ -126,13 +126,13 @@ def test_a_wrong_rule_is_noticed_and_its_parameters_read_elsewhere(name: str, mo
 
 def test_a_graph_is_checked_once_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    explore = fused_engine._explore
+    explore = fused_engine.explore
 
     def counting(*args: Any) -> Any:
         passes.append(1)
         return explore(*args)
 
-    monkeypatch.setattr(fused_engine, "_explore", counting)
+    monkeypatch.setattr(fused_engine, "explore", counting)
     model, (x, y) = built(ZOO[0])
     plans: dict[Any, Any] = {}
     objective = as_objective(nn.CrossEntropyLoss())

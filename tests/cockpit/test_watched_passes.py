@@ -1,0 +1,118 @@
+"""Round a loop: single examples are read from the training's own pass, as a pass of the reading itself would."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from loop_cases import CROSS_ENTROPY, Case, Training, adam, cnn, mlp, rows
+from test_many_readings import living
+from torch import nn
+from watching import events, readings, watch
+
+from cockpit_bench.testing.traces import differences, state_of
+
+NAMES = (
+    "gradient/noise_scale", "gradient/signal_to_noise", "gradient/gradient_tests", "gradient/coherence", "step/alpha",
+)  # fmt: skip
+STEPS = 6
+OWN = "of the training itself"
+
+
+def watched(case: Case, steps: int = STEPS, **settings: Any) -> tuple[Training, Any]:
+    training = Training(case)
+    cockpit = watch(training, panel=None, instruments=dict.fromkeys(NAMES, 1), **settings)
+    for step in range(steps):
+        cockpit.observe(*training.backward(step))
+        training.take_step()
+    return training, cockpit
+
+
+def passes(cockpit: Any, label: str) -> list[Any]:
+    return [r.provenance.get("pass") for r in readings(cockpit, label, "ok")]
+
+
+@pytest.mark.parametrize("model", [mlp, cnn])
+def test_values_are_those_of_a_pass_of_its_own(model: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("plain", model, adam)
+    training, cockpit = watched(case)
+    assert passes(cockpit, "gradient/noise_scale") == [None] + [OWN] * (STEPS - 1)
+    assert [r.cost["gradients"] for r in readings(cockpit, "gradient/noise_scale", "ok")][1:] == [1.0] * (STEPS - 1)
+    cockpit.close()
+    monkeypatch.setattr("cockpit_bench.observer.PassWatch.arm", lambda self, layout: None)
+    unwatched, plain = watched(case)
+    assert set(passes(plain, "gradient/noise_scale")) == {None}
+    plain.close()
+    for one, other in zip(readings(cockpit), readings(plain), strict=True):
+        assert (one.instrument, one.step, one.status) == (other.instrument, other.step, other.status)
+        for name, value in one.values.items():
+            assert value == pytest.approx(other.values[name], rel=1e-3, abs=1e-5, nan_ok=True), (one.instrument, name)
+    ends = [state_of(t.model, t.optimizers) for t in (training, unwatched)]
+    assert differences(*ends) == []
+
+
+def test_alpha_needs_no_pass_before_the_step() -> None:
+    training = Training(Case("plain", mlp, adam))
+    cockpit = watch(training, panel=None, instruments={"step/alpha": 1})
+    for step in range(4):
+        cockpit.observe(*training.backward(step))
+        training.take_step()
+    prices = [r.cost["gradients"] for r in readings(cockpit, "step/alpha", "ok")]
+    assert prices == pytest.approx([7 / 3] + [2 / 3] * 3, abs=1e-3)
+    cockpit.close()
+
+
+def test_only_steps_with_a_reading_are_watched() -> None:
+    training = Training(Case("plain", mlp, adam))
+    hooks, counts = nn.modules.module._global_forward_hooks, []
+    before = len(hooks)
+    cockpit = watch(training, panel=None, instruments={"gradient/coherence": 3})
+    for step in range(8):
+        counts.append(len(hooks) - before)
+        cockpit.observe(*training.backward(step))
+        training.take_step()
+    cockpit.close()
+    assert counts == [0, 0, 0, 1, 0, 0, 1, 0]
+    assert len(hooks) == before
+
+
+def test_another_batch_than_the_one_trained_is_not_watched() -> None:
+    training = Training(Case("plain", mlp, adam))
+    cockpit = watch(training, panel=None, instruments={"gradient/coherence": 1})
+    for step in range(3):
+        (x, y), loss = training.backward(step)
+        cockpit.observe((x.flip(0), y), loss)
+        training.take_step()
+    assert [event.name for event in events(cockpit, "gradient_mismatch")] == ["gradient_mismatch"]
+    assert passes(cockpit, "gradient/coherence") == [None] * 3
+    cockpit.close()
+
+
+def test_a_step_that_was_skipped_and_a_forward_more() -> None:
+    """Neither is taken for the step that is read."""
+    training = Training(Case("plain", mlp, adam))
+    cockpit = watch(training, panel=None, instruments={"gradient/coherence": 1})
+    for step in range(6):
+        if step == 3:
+            training.backward(step)  # thrown away
+        if step == 4:
+            CROSS_ENTROPY(training.model(rows(7)[0]), rows(7)[1])
+        cockpit.observe(*training.backward(step))
+        training.take_step()
+    assert passes(cockpit, "gradient/coherence") == [None, OWN, OWN, None, None, OWN]
+    cockpit.close()
+
+
+def test_nothing_piles_up() -> None:
+    training = Training(Case("plain", mlp, adam))
+    cockpit = watch(training, panel=None, instruments=dict.fromkeys(NAMES, 1))
+    counts = []
+    for step in range(40):
+        cockpit.observe(*training.backward(step))
+        training.take_step()
+        if step in (10, 39):
+            counts.append(living())
+    cockpit.close()
+    grown = counts[1] - counts[0]
+    assert not {shape: more for shape, more in grown.items() if len(shape) > 1 and shape[0] != 20}, grown
+    assert torch.is_grad_enabled()
