@@ -57,6 +57,11 @@ class Clock:
         self._mark: float | None = None
 
     @property
+    def waits(self) -> bool:
+        """Whether the host waits for a device where training time meets off-clock time."""
+        return self.sync is not _no_device
+
+    @property
     def running(self) -> bool:
         """Whether time is being counted."""
         return self._mark is not None

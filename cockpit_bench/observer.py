@@ -1,6 +1,7 @@
 """One optimizer step, from observe() to the hook that closes it: what is read when, and what is not a step."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn, optim
@@ -62,7 +63,7 @@ class Observer:
         self._per_layer = any(out.kind == "per-layer" for out in outputs)
         self._watch = StepWatch(optimizers, self)
         graphs = self._plans.setdefault("graphs", {})
-        self._passes = PassWatch(self._module, graphs, lambda: self._clock.bucket("observe"))
+        self._passes = PassWatch(self._module, graphs, self._within_training)
         self._next_due: tuple[int, list[Station]] | None = None
         settle_heap()
 
@@ -95,6 +96,11 @@ class Observer:
         if self._next_due is None or self._next_due[0] != self.loop.step:
             self._next_due = self.loop.step, self._readout.due(self.loop.step)
         return self._next_due[1]
+
+    def _within_training(self) -> AbstractContextManager[Any]:
+        """Round what is done in the midst of the user's pass. On an accelerator the host would have to wait for the
+        device to bill it, which would cost more than what is billed."""
+        return nullcontext() if self._clock.waits else self._clock.bucket("observe")
 
     def _watch_next_pass(self) -> None:
         """Where single examples are to be read at the next step, its own forward and backward pass is watched: of a

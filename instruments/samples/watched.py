@@ -155,7 +155,7 @@ class PassWatch:
 
         def safe(grads: tuple[Tensor | None, ...]) -> None:
             if seen.whole:
-                with self._billed():
+                with self._billed(), torch.no_grad():
                     try:
                         hook(grads)
                     except Exception:

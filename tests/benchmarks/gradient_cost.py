@@ -3,10 +3,10 @@
     python tests/benchmarks/gradient_cost.py [reading memory economy] [--problems mlp cnn transformer] [--json]
 
 reading: one probe that reads noise scale, signal-to-noise, gradient tests and coherence together, its own forward and
-backward included, by each engine; the gradient of the batch stands in `.grad`, as at observe(). Unit g: one forward and backward of the mean loss on the same batch, measured beside
-it. memory: peak of that reading, from the profiler's allocations, against 1.5 times the peak of a gradient plus two
-copies of the parameters. economy: a step of SGD observed at every step, over a plain one; Cockpit with its
-configuration "economy" beside it, where it is installed:
+backward included, by each engine; the gradient of the batch stands in `.grad`, as at observe(). Unit g: one forward and
+backward of the mean loss on the same batch, measured beside it. memory: peak of that reading, from the profiler's
+allocations, against 1.5 times the peak of a gradient plus two copies of the parameters. economy: a step of SGD observed
+at every step, over a plain one; Cockpit with its configuration "economy" beside it, where it is installed:
 
     pip install --no-deps --target DIR cockpit-for-pytorch json-tricks pandas seaborn palettable python-dateutil six
     PYTHONPATH=DIR python tests/benchmarks/gradient_cost.py economy
