@@ -1,5 +1,6 @@
 """Round a loop: single examples are read from the training's own pass, as a pass of the reading itself would."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,13 @@ NAMES = (
 )  # fmt: skip
 STEPS = 6
 OWN = "of the training itself"
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """As in a process in which no test before this one has compiled anything."""
+    if (utils := sys.modules.get("torch._dynamo.utils")) is not None:
+        utils.counters.clear()
 
 
 def watched(case: Case, steps: int = STEPS, **settings: Any) -> tuple[Training, Any]:
