@@ -142,7 +142,7 @@ class Cockpit:
             yield lambda **metrics: None
             return
         self._observer.settle()
-        with self.clock.bucket("evaluate"):
+        with self.clock.bucket("evaluate"), self._observer.unwatched():
             yield self._evaluated
 
     def _evaluated(self, **metrics: float | Tensor) -> None:
@@ -240,7 +240,7 @@ class Cockpit:
         if not self.enabled or not state:
             return
         loop = self._observer.loop
-        loop.step, loop.compared, loop.matched = int(state["step"]), bool(state["compared"]), bool(state["matched"])
+        loop.step, loop.compared, loop.matched = int(state["step"]), bool(state["compared"]), bool(state.get("matched"))
         loop.begun_at = loop.step
         loop.gradient_factor = float(state["gradient_factor"])
         self._recorder.from_step = loop.step

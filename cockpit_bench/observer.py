@@ -1,7 +1,7 @@
 """One optimizer step, from observe() to the hook that closes it: what is read when, and what is not a step."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn, optim
@@ -96,6 +96,15 @@ class Observer:
         if self._next_due is None or self._next_due[0] != self.loop.step:
             self._next_due = self.loop.step, self._readout.due(self.loop.step)
         return self._next_due[1]
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """No pass is waited for while the user evaluates, exports or compiles."""
+        waiting = self._passes.waiting
+        self._passes.disarm()
+        yield
+        if waiting is not None:
+            self._passes.arm(waiting)
 
     def _within_training(self) -> AbstractContextManager[Any]:
         """Round what is done in the midst of the user's pass. On an accelerator the host would have to wait for the

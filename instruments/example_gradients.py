@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from instruments.objective import Batch, no_examples, plain_tree
 from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
-from instruments.samples.independence import check_at_rest, refuse_interaction, whole_batch
-from instruments.samples.moments import refuse_undefined
+from instruments.samples.independence import check_at_rest, refuse_interaction, refuse_undefined, whole_batch
 from instruments.samples.problem import SampleProblem
 
 if TYPE_CHECKING:

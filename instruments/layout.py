@@ -138,7 +138,7 @@ def norms_of_difference(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> 
     joined = []
     for t, other in zip(tensors, others, strict=True):
         pairs = zip(_pieces(t.detach()), _pieces(other), strict=True)
-        joined.append(_joined([torch.linalg.vector_norm(a - b) for a, b in pairs]))
+        joined.append(_joined([torch.linalg.vector_norm(a - b) for a, b in pairs]).to(tensors[0].device))
     return torch.stack(joined)
 
 

@@ -21,7 +21,7 @@ from instruments.held import HeldBatches
 from instruments.layout import remembered_layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
 from instruments.meter import Meter
-from instruments.objective import Batch, Objective, Parts, examples_of, losses_by_example, pooled_loss
+from instruments.objective import Batch, Objective, Parts, Undefined, examples_of, losses_by_example, pooled_loss
 from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.probe_settings import ProbeSettings
 from instruments.reentrant import refuse_reentrant
@@ -263,7 +263,11 @@ class Probe(AbstractContextManager["Probe"]):
         """Before the step: where training's own pass was watched, its factors stay for the slopes along the step."""
         if self._keeps and self.kept is None and self._watched is not None:
             self.kept = KeptFactors.of(self.layout)
-            if self._moments_of_step(self._problem(frozenset(), kept=self.kept)) is None:
+            try:
+                seen = self._moments_of_step(self._problem(frozenset(), kept=self.kept))
+            except Exception:  # whoever needs them says it after the step
+                seen = None
+            if seen is None:
                 self.kept = None
 
     def _moments_of_step(self, problem: SampleProblem) -> SampleMoments | None:
@@ -271,7 +275,13 @@ class Probe(AbstractContextManager["Probe"]):
             return None
         if not self.objective.pure:
             self._guard()
-        return moments_of_step(problem, self.batches[0], self._watched)
+        try:
+            return moments_of_step(problem, self.batches[0], self._watched)
+        except (torch.OutOfMemoryError, Undefined):
+            raise
+        except Exception:  # a loss that asks more of `call` than to be called, a model that has changed since
+            self._watched = None
+            return None
 
     def _problem(
         self, wants: frozenset[Want], direction_D: Tensor | None = None, kept: KeptFactors | None = None

@@ -28,7 +28,8 @@ from instruments.objective import Batch, Call, FunctionObjective, Objective, no_
 from instruments.operators import predictive
 from instruments.operators.predictive import Predictive
 from instruments.refusal import Refusal
-from instruments.samples.moments import EngineName, refuse_undefined, sample_moments
+from instruments.samples.independence import refuse_undefined
+from instruments.samples.moments import EngineName, sample_moments
 from instruments.samples.problem import SampleProblem
 
 FORWARD, SQUARES = 1 / 3, 5 / 3

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from instruments.gradient._estimates import Array, require_examples
 from instruments.instrument import Estimate, Instrument, Output, State, Values
@@ -73,8 +74,9 @@ class NoiseScale(Instrument):
         n = require_examples(moments, 2)
         a_L, q_L = moments.sum_of_squares_L, moments.square_of_sum_L
         pair_2L = np.stack([(a_L - q_L / n) / (n - 1), (q_L - a_L) / (n * (n - 1))])
-        known = state["pairs"]
-        pairs_K2L = pair_2L[None][:0] if known is None or known.shape[2:] != a_L.shape else known.numpy()
+        known, pairs_K2L = state["pairs"], pair_2L[None][:0]
+        if isinstance(known, Tensor) and known.shape[2:] == a_L.shape:
+            pairs_K2L = known.numpy()
         if np.isfinite(pair_2L).all():
             pairs_K2L = np.concatenate([pairs_K2L, pair_2L[None]])[-self.pool :]
         a, q = float(a_L.sum()), float(q_L.sum())

@@ -36,8 +36,7 @@ from instruments.operators.hessian import Context
 from instruments.operators.jacobian import Jacobian
 from instruments.operators.operator import Operator, released
 from instruments.operators.predictive import DrawnTargets
-from instruments.samples.independence import check_by_half, whole_batch
-from instruments.samples.moments import refuse_undefined
+from instruments.samples.independence import check_by_half, refuse_undefined, whole_batch
 from instruments.samples.problem import SampleProblem
 
 # In g, as for the Gauss-Newton matrix, whose products are the same but for the loss.

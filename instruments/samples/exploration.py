@@ -21,6 +21,8 @@ from instruments.samples.problem import SampleProblem
 from instruments.samples.rules import RULES
 from instruments.samples.watched import output_key
 
+MOST_PLANS = 256
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,6 +30,7 @@ class Plan:
 
     `certain`: no other layout would fit what was seen, so that it holds for other numbers too. `deepest`: the uses that
     a backward pass has to reach. `trains_on`: whether the gradient of the training step may be the mean of the g_i.
+    `loss_graph`: that of the loss above the model's output, in a plan for `watched`.
     """
 
     axes: tuple[ExampleAxis | None, ...]
@@ -35,6 +38,7 @@ class Plan:
     certain: bool
     deepest: tuple[int, ...]
     trains_on: bool = True
+    loss_graph: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,24 @@ def remember_output(problem: SampleProblem, batch: Batch, plan: Plan, uses: Sequ
             return
         finally:
             handle.remove()
-        random = before.moved()
-    if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].grad_fn is None or random:
-        return
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].grad_fn is None or before.moved():
+            return
+        leaf = outputs[0].detach().requires_grad_()
+        above = loss_graph(problem.objective.parts(lambda *args, **kwargs: leaf, batch), leaf)
     there, graph, _ = find_uses(outputs[0].grad_fn, problem.layout.params)
     places = {(use.index, use.slot, use.name, use.shape): axis for use, axis in zip(uses, plan.axes, strict=True)}
     axes = [places.get((use.index, use.slot, use.name, use.shape)) for use in there]
     if len(there) == len(uses) and None not in axes:
-        problem.plans[output_key(problem.layout, graph)] = replace(plan, axes=tuple(axes), deepest=())
+        remember(problem.plans, output_key(problem.layout, graph), replace(plan, axes=tuple(axes), loss_graph=above))
+
+
+def loss_graph(parts: Parts, leaf: Tensor) -> int:
+    """Of the loss on an output of the model that was cut from its graph."""
+    return find_uses(parts.total.grad_fn, (leaf,)).key
+
+
+def remember(plans: dict[Any, Any], key: Any, plan: Plan) -> None:
+    """The oldest goes where there are many: batches of any size, sequences of any length have a graph each."""
+    if len(plans) >= MOST_PLANS:
+        del plans[next(iter(plans))]
+    plans[key] = plan

@@ -20,36 +20,52 @@ from instruments.objective import Batch, Undefined, no_examples
 from instruments.refusal import Refusal
 from instruments.samples import func_engine, loop_engine
 from instruments.samples.backward_pass import MEAN_AGREES, BackwardPass
-from instruments.samples.exploration import Plan, all_once, check, explore, mixed, remember_output
+from instruments.samples.exploration import (
+    Plan,
+    all_once,
+    check,
+    explore,
+    loss_graph,
+    mixed,
+    remember,
+    remember_output,
+)  # fmt: skip
 from instruments.samples.graph import Use, find_uses
-from instruments.samples.independence import refuse_hidden_parameters
+from instruments.samples.independence import refuse_hidden_parameters, refuse_undefined
 from instruments.samples.problem import BatchMoments, SampleProblem, Statistics
-from instruments.samples.watched import Watched
+from instruments.samples.watched import Watched, same_arguments
 
 
 def moments_of_step(problem: SampleProblem, batch: Batch, seen: Watched) -> BatchMoments | None:
     """From what was seen of the training's own pass, or None where that is not the pass of this loss on this batch.
 
-    The loss of what the model gave then must send the same gradient back into it, and the gradients of the examples
-    must add up to `.grad`. They are in the unit of the loss that was trained.
+    The loss of what the model gave then must be the same, and send the same gradient back into it; the model must have
+    been called with the same; and the gradients of the examples must add up to `.grad`. They are in the unit of the
+    loss that was trained.
     """
-    assert problem.grads is not None
-    leaf, calls = seen.output.detach().requires_grad_(), 0
+    refuse_undefined(problem.module)
+    if problem.grads is None or [id(p) for p in seen.layout.params] != [id(p) for p in problem.layout.params]:
+        return None
+    leaf, calls = seen.output.detach().requires_grad_(), list[Any]()
 
     def given(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
+        calls.append((args, kwargs))
         return leaf
 
     with torch.enable_grad():
         parts = problem.objective.parts(given, batch)
-        if parts.sums_N is None or calls != 1 or not parts.total.requires_grad:
+        if parts.sums_N is None or not parts.total.requires_grad:
+            return None
+        if len(calls) != 1 or not same_arguments(calls[0], seen.called_with):
+            return None
+        if loss_graph(parts, leaf) != seen.plan.loss_graph:
             return None
         (grad,) = torch.autograd.grad(parts.loss, leaf, allow_unused=True)
-    n, there = parts.examples, seen.output_grad
+    n, there, close = parts.examples, seen.output_grad, MEAN_AGREES[problem.layout.dtype]
     if grad is None or there is None or any(axis is None or axis.examples != n for axis in seen.plan.axes):
         return None
-    if not bool((grad - there).norm() <= MEAN_AGREES[problem.layout.dtype] * grad.norm()):
+    loss, trained = parts.loss.detach(), seen.loss.to(parts.loss)
+    if not bool(((grad - there).norm() <= close * grad.norm()) & ((loss - trained).abs() <= close * loss.abs())):
         return None
     losses_N = parts.sums_N / parts.denominator
     work = BackwardPass(
@@ -99,7 +115,7 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
             problem.kept.clear()
     plan = replace(plan, elsewhere=frozenset(range(len(problem.layout.params))) - found.keys())
     if known is None and plan.certain and all(bool(v.isfinite().all()) for v in sums):
-        problem.plans[key] = plan
+        remember(problem.plans, key, plan)
         if not plan.elsewhere and not reorders and all_once(problem, uses):
             remember_output(problem, batch, plan, uses)
     statistics = _filled(problem, parts.examples, found)

@@ -112,7 +112,10 @@ def find_uses(root: Node, params: Sequence[Tensor]) -> Uses:
         if hasattr(node, "variable"):
             leaves[id(node.variable)] = node
             continue
-        names.append(node.name())
+        name = node.name()
+        names.append(
+            f"{name} {node._saved_training}" if "BatchNorm" in name and hasattr(node, "_saved_training") else name
+        )
         shapes.append(tuple([tuple(about.shape) for about in node._input_metadata]))
         custom = custom or isinstance(node, torch.autograd.function.BackwardCFunction)
         for slot, (below, output) in enumerate(node.next_functions):

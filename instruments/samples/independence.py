@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from instruments.guard import RandomStates
@@ -14,6 +14,17 @@ from instruments.refusal import Refusal
 from instruments.samples.problem import SampleProblem
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-6
+
+
+def refuse_undefined(module: nn.Module) -> None:
+    """Batch normalisation in training mode couples the examples: no example has a gradient of its own."""
+    for name, m in module.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
+            raise Undefined(
+                f"per-example gradients are not defined: {type(m).__name__} '{name}' in training mode mixes the "
+                "examples of a batch; put it in eval mode, use GroupNorm or LayerNorm, or read in eval mode by "
+                "Cockpit(..., settings=ProbeSettings(mode='eval'))."
+            )
 
 
 def refuse_interaction(alone_N: Tensor, together_N: Tensor) -> None:

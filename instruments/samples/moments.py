@@ -15,13 +15,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from instruments.layout import Layout, norms_of
+from instruments.layout import Layout
 from instruments.objective import Batch, Undefined
 from instruments.refusal import Refusal
 from instruments.samples import backpack_engine, func_engine, fused_engine, loop_engine
-from instruments.samples.independence import refuse_hidden_parameters
+from instruments.samples.independence import refuse_hidden_parameters, refuse_undefined
 from instruments.samples.problem import BatchMoments, Engine, SampleProblem
 from instruments.samples.watched import Watched
 
@@ -95,7 +95,8 @@ class SampleMoments:
     @cached_property
     def square_of_sum_L(self) -> Array:
         """Q = |sum over examples of g_i|^2, by parameter tensor."""
-        q_L: Array = np.square(self.examples * _on_host(norms_of(self.mean)))
+        norms = torch._foreach_norm(list(self.mean), dtype=torch.float64)
+        q_L: Array = np.square(self.examples * _on_host(torch.stack(norms)))
         return q_L
 
     @cached_property
@@ -144,17 +145,6 @@ def moments_of_step(problem: SampleProblem, batch: Batch, seen: Watched) -> Samp
     """The moments from what was seen of the training's own pass; None where they need a pass of their own."""
     found = fused_engine.moments_of_step(problem, batch, seen)
     return None if found is None else _scaled(problem.layout, [found], False)
-
-
-def refuse_undefined(module: nn.Module) -> None:
-    """Batch normalisation in training mode couples the examples: no example has a gradient of its own."""
-    for name, m in module.named_modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
-            raise Undefined(
-                f"per-example gradients are not defined: {type(m).__name__} '{name}' in training mode mixes the "
-                "examples of a batch; put it in eval mode, use GroupNorm or LayerNorm, or read in eval mode by "
-                "Cockpit(..., settings=ProbeSettings(mode='eval'))."
-            )
 
 
 def _over_batches(problem: SampleProblem, batches: Sequence[Batch], name: str) -> SampleMoments:

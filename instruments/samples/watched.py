@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from instruments.layout import Layout
 from instruments.samples.factors import Factor
@@ -38,13 +39,17 @@ def output_key(layout: Layout, graph: int) -> tuple[object, ...]:
 class Watched:
     """`factors` by the number of the use; `output` is that of the model, `output_grad` the gradient that came to it.
 
-    `plan` is that of `fused_engine`. `whole` is False once something was seen that cannot be used.
+    `plan` is that of `fused_engine`, `called_with` the arguments of the model, `version` that of the output when it was
+    given, `loss` what the user made of it. `whole` is False once something was seen that cannot be used.
     """
 
     layout: Layout
     uses: list[Use]
     plan: Any
     output: Tensor
+    called_with: Any
+    version: int
+    loss: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
     factors: dict[int, Factor] = field(default_factory=dict)
     output_grad: Tensor | None = None
     whole: bool = True
@@ -67,7 +72,10 @@ class Watched:
 
     def passed_output(self, grads: tuple[Tensor | None, ...]) -> None:
         """Hook: the backward pass begins at the output of the model."""
-        self.output_grad = grads[self.output.output_nr]
+        number = self.output.output_nr
+        self.output_grad = grads[number]
+        if any(grad is not None for other, grad in enumerate(grads) if other != number):
+            self.drop()  # the loss depends on a sibling of the output, too
 
     def passed(self, numbers: list[int], grads: tuple[Tensor | None, ...]) -> None:
         """Hook: an operation that uses parameters is about to run backward."""
@@ -95,6 +103,7 @@ class PassWatch:
         self._handle: Any = None
         self._forwards = 0
         self._seen: Watched | None = None
+        self._starts: list[Callable[..., None]] = []
 
     def arm(self, layout: Layout) -> None:
         """From now on until `take` the forward passes of the module are looked at, if any of its graphs is known."""
@@ -102,15 +111,29 @@ class PassWatch:
         if not any(key[0] == "output" for key in self._plans) or _compiled():
             return
         self._layout = layout
-        self._handle = nn.modules.module.register_module_forward_hook(self._forwarded)
+        self._handle = nn.modules.module.register_module_forward_hook(self._forwarded, with_kwargs=True)
+        self._starts = _compilation_starts()
+        self._starts.append(self._unhook)
+
+    @property
+    def waiting(self) -> Layout | None:
+        """The layout that it was armed with, while the next pass has not come by."""
+        return self._layout if self._handle is not None and self._forwards == 0 else None
 
     def disarm(self) -> None:
         """Forget what was seen, and wait for nothing."""
-        if self._handle is not None:
-            self._handle.remove()
+        self._unhook()
+        if self._unhook in self._starts:
+            self._starts.remove(self._unhook)
         if self._seen is not None:
             self._seen.release()
-        self._handle, self._forwards, self._seen = None, 0, None
+        self._forwards, self._seen = 0, None
+
+    def _unhook(self, *_: Any) -> None:
+        """Also at the moment when a compilation starts, which would have to look through the hook."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
 
     def take(self, loss: Any) -> Watched | None:
         """What was seen of the pass that this loss went through, if that can be used; disarmed."""
@@ -118,22 +141,26 @@ class PassWatch:
         self.disarm()
         if seen is None or not seen.complete or not isinstance(loss, Tensor) or loss.grad_fn is None:
             return None
-        return seen if _only_through(loss.grad_fn, seen) else None
+        untouched = seen.output._version == seen.version
+        seen.loss = loss.detach()
+        return seen if untouched and _only_through(loss.grad_fn, seen) else None
 
-    def _forwarded(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _forwarded(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return  # nothing of this may get into what is compiled or traced
         if module is not self._module or not torch.is_grad_enabled():
             return
-        with self._billed():
-            self._forwards += 1
-            if self._seen is not None:
-                self._seen.drop()
-                self._seen.release()
-            try:
-                self._seen = self._watch(output) if self._forwards == 1 else None
-            except Exception:  # whatever it is, it is not the user's concern: the reading makes a pass of its own
-                self._seen = None
+        try:
+            with self._billed():
+                self._forwards += 1
+                if self._seen is not None:
+                    self._seen.drop()
+                    self._seen.release()
+                self._seen = self._watch((args, kwargs), output) if self._forwards == 1 else None
+        except Exception:  # whatever it is, it is not the user's concern: the reading makes a pass of its own
+            self._seen = None
 
-    def _watch(self, output: Any) -> Watched | None:
+    def _watch(self, called_with: Any, output: Any) -> Watched | None:
         if not isinstance(output, Tensor) or output.grad_fn is None or _hooked():
             return None
         assert self._layout is not None
@@ -141,7 +168,7 @@ class PassWatch:
         plan = self._plans.get(output_key(self._layout, graph))
         if plan is None:
             return None
-        seen = Watched(self._layout, uses, plan, output)
+        seen = Watched(self._layout, uses, plan, output, called_with, output._version)
         by_node: dict[Node, list[int]] = {}
         for number, use in enumerate(uses):
             by_node.setdefault(use.node, []).append(number)
@@ -155,30 +182,49 @@ class PassWatch:
 
         def safe(grads: tuple[Tensor | None, ...]) -> None:
             if seen.whole:
-                with self._billed(), torch.no_grad():
-                    try:
+                try:
+                    with self._billed(), torch.no_grad():
                         hook(grads)
-                    except Exception:
-                        seen.drop()
+                except Exception:
+                    seen.drop()
 
         return safe
 
 
 def _only_through(root: Node, seen: Watched) -> bool:
-    """Whether the loss depends on the parameters by way of the model's output alone."""
+    """Whether the loss depends on the parameters by way of the model's output alone, no sibling of it among them."""
     output, known = seen.output.grad_fn, {id(p) for p in seen.layout.params}
     visited: set[Node] = set()
-    waiting, met = [root], False
+    waiting, met = [(root, 0)], False
     while waiting:
-        node = waiting.pop()
+        node, number = waiting.pop()
         if node is output:
+            if number != seen.output.output_nr and node is not root:
+                return False
             met = True
         elif node is not None and node not in visited:
             visited.add(node)
             if id(getattr(node, "variable", None)) in known:
                 return False
-            waiting += [below for below, _ in node.next_functions]
+            waiting += node.next_functions
     return met
+
+
+def same_arguments(one: Any, other: Any) -> bool:
+    """The same tensors, or equal ones; all else equal."""
+    leaves, spec = tree_flatten(one)
+    others, other_spec = tree_flatten(other)
+    return spec == other_spec and all(map(_same, leaves, others))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+            return False
+        return (one.data_ptr() == other.data_ptr() and one.stride() == other.stride()) or torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
 def _hooked() -> bool:
@@ -186,7 +232,17 @@ def _hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def _compilation_starts() -> list[Callable[..., None]]:
+    """What torch calls when it begins to compile; a list of nobody's where it has not been asked to yet."""
+    callback = sys.modules.get("torch._dynamo.callback")
+    found: list[Callable[..., None]] = getattr(getattr(callback, "callback_handler", None), "start_callbacks", [])
+    return found
+
+
 def _compiled() -> bool:
     """Whether anything was compiled in this process: a global hook would have it compiled again."""
     utils = sys.modules.get("torch._dynamo.utils")
-    return utils is not None and bool(getattr(utils, "counters", {"frames": True}).get("frames"))
+    if utils is None:
+        return False
+    counters = getattr(utils, "counters", {"frames": True})
+    return bool(counters.get("frames") or counters.get("stats"))

@@ -53,7 +53,9 @@ class Distance(Instrument):
         now, names = view.parameters, list(view.layout.names)
         if state["names"] != names or not _same_shapes(now, state["start"]):
             start = [p.clone() for p in now]
-            state = {"names": names, "start": start, "lengths": norms_of(start)}
+            state = {"names": names, "start": start}
+        if state.get("lengths") is None:
+            state = {**state, "lengths": norms_of(state["start"])}
         start = [p0.to(p) for p, p0 in zip(now, state["start"], strict=True)]
         moved_L, start_L = norms_of_difference(now, start), state["lengths"].to(now[0].device)
         distance = torch.linalg.vector_norm(moved_L)

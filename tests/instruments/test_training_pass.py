@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from twins import example_gradients, total_loss
 from zoo import ZOO, Checkpointed, N, Odd
 
-from instruments import Probe
+from instruments import Probe, Refusal
 from instruments.layout import Layout
 from instruments.meter import Meter
 from instruments.objective import as_objective
-from instruments.samples import watched
+from instruments.samples import exploration, watched
 from instruments.samples.exploration import Plan
 from instruments.samples.moments import SampleMoments
 from instruments.samples.watched import PassWatch
@@ -425,3 +425,161 @@ def test_the_early_stop_reaches_all_uses_of_a_branching_graph() -> None:
     (plan,) = [plan for key, plan in plans["graphs"].items() if key[0] != "output"]
     assert 0 < len(plan.deepest) < len(plan.axes)
     assert isinstance(plan, Plan)
+
+
+def test_another_batch_norm_mode_in_the_same_graph_is_refused() -> None:
+    """Without parameters of its own nothing but its mode tells."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3)).double().eval()
+    batch = rows()
+    plans = known(model, CROSS_ENTROPY, batch)
+    assert train(model, CROSS_ENTROPY, batch, plans)[1] is not None
+    model.train()
+    with pytest.raises(Refusal, match="mixes the examples"):
+        train(model, CROSS_ENTROPY, batch, plans)
+
+
+def test_a_loss_that_begins_to_couple_examples_is_refused() -> None:
+    coupled = False
+
+    def losses(call: Any, batch: Any) -> Tensor:
+        each = F.cross_entropy(call(batch[0]), batch[1], reduction="none")
+        return each * each.softmax(0) * len(each) if coupled else each
+
+    model, batch = mlp(), rows()
+    plans = known(model, losses, batch)
+    assert train(model, losses, batch, plans)[1] is not None
+    coupled = True
+    with pytest.raises(Refusal, match="interact"):
+        train(model, losses, batch, plans)
+
+
+def clamped(model: nn.Module, loss: Any, batch: Any) -> Tensor:
+    """The output is made a picture after the backward pass, in place."""
+    output = model(batch[0])
+    value = loss(output, batch[1])
+    value.backward()
+    output.detach().clamp_(0, 0.1)
+    return value
+
+
+def past_the_counter(model: nn.Module, loss: Any, batch: Any) -> Tensor:
+    output = model(batch[0])
+    value = loss(output, batch[1])
+    value.backward()
+    output.data.clamp_(0, 0.1)
+    return value
+
+
+@pytest.mark.parametrize("user", [clamped, past_the_counter])
+def test_an_output_that_is_written_to_is_not_used(user: Train) -> None:
+    """The gradient of a loss that is linear does not tell."""
+    model, loss = mlp(), nn.L1Loss()
+    batch = (rows()[0], torch.full((N, 3), 5.0, dtype=torch.float64))
+    plans = known(model, loss, batch)
+    moments, said = train(model, loss, batch, plans, user)
+    assert said is None
+    assert_moments(moments, example_gradients(model, loss, batch))
+
+
+class Siblings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.aux = nn.Linear(4, 6), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, self.aux = self.inner(x).chunk(2, 1)
+        return out
+
+
+def with_sibling(model: nn.Module, loss: Any, batch: Any) -> Tensor:
+    value = loss(model(batch[0]), batch[1]) + model.aux.square().mean()
+    value.backward()
+    return value
+
+
+def test_a_sibling_of_the_output_in_the_loss() -> None:
+    model, batch = Siblings().double(), rows()
+    plans = known(model, CROSS_ENTROPY, batch)
+    assert train(model, CROSS_ENTROPY, batch, plans)[1] is not None
+    assert train(model, CROSS_ENTROPY, batch, plans, with_sibling)[1] is None
+
+
+def test_other_inputs_than_those_trained_are_read_as_they_are_given() -> None:
+    model, batch = mlp(), rows()
+    plans = known(model, CROSS_ENTROPY, batch)
+
+    def user(model: nn.Module, loss: Any, batch: Any) -> Tensor:
+        return plainly(model, loss, (batch[0].flip(0), batch[1]))
+
+    moments, said = train(model, CROSS_ENTROPY, batch, plans, user)
+    assert said is None
+    assert_moments(moments, example_gradients(model, CROSS_ENTROPY, batch))
+    equal = (batch[0].clone(), batch[1])
+
+    def copied(model: nn.Module, loss: Any, batch: Any) -> Tensor:
+        return plainly(model, loss, equal)
+
+    assert train(model, CROSS_ENTROPY, batch, plans, copied)[1] is not None
+
+
+def test_a_loss_that_asks_more_of_the_call_makes_a_pass_of_its_own() -> None:
+    def losses(call: Any, batch: Any) -> Tensor:
+        assert call.training
+        return F.cross_entropy(call(batch[0]), batch[1], reduction="none")
+
+    model, batch = mlp(), rows()
+    plans = known(model, losses, batch)
+    moments, said = train(model, losses, batch, plans)
+    assert said is None
+    assert_moments(moments, example_gradients(model, CROSS_ENTROPY, batch))
+
+
+def test_a_parameter_frozen_after_the_backward_pass() -> None:
+    model, batch = mlp(), rows()
+    plans = known(model, CROSS_ENTROPY, batch)
+
+    def user(model: nn.Module, loss: Any, batch: Any) -> Tensor:
+        value = plainly(model, loss, batch)
+        model[0].weight.requires_grad_(False)
+        return value
+
+    moments, said = train(model, CROSS_ENTROPY, batch, plans, user)
+    assert said is None
+    assert moments.norms_sq_NL.shape == (N, 3)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_what_is_compiled_while_a_pass_is_waited_for_sees_no_hook(fullgraph: bool) -> None:
+    model, batch = mlp(), rows()
+    plans = known(model, CROSS_ENTROPY, batch)
+    torch._dynamo.reset()
+    watch = PassWatch(model, plans["graphs"], nullcontext)
+    for _ in range(3):
+        watch.arm(Layout.of(model))
+        compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
+        CROSS_ENTROPY(compiled(batch[0]), batch[1]).backward()
+        watch.disarm()
+    found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    nothing_compiled()
+    assert found == 1
+    assert watch._unhook not in watched._compilation_starts()
+
+
+def test_what_is_traced_while_a_pass_is_waited_for() -> None:
+    model, batch = mlp(), rows()
+    watch = PassWatch(model, known(model, CROSS_ENTROPY, batch)["graphs"], nullcontext)
+    watch.arm(Layout.of(model))
+    traced = torch.jit.trace(model, batch[0])
+    watch.disarm()
+    assert torch.equal(traced(batch[0]), model(batch[0]))
+
+
+def test_plans_of_graphs_of_every_size_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exploration, "MOST_PLANS", 6)
+    model, plans = mlp(), dict[Any, Any]()
+    x, y = rows()
+    for n in (*range(2, N + 1), 3, 2):
+        batch = (x[:n], y[:n])
+        assert_moments(read(model, CROSS_ENTROPY, batch, plans)[0], example_gradients(model, CROSS_ENTROPY, batch))
+    assert len(plans["graphs"]) <= 6
