@@ -117,7 +117,10 @@ def remember_output(problem: SampleProblem, batch: Batch, plan: Plan, uses: Sequ
         if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].grad_fn is None or before.moved():
             return
         leaf = outputs[0].detach().requires_grad_()
-        above = loss_graph(problem.objective.parts(lambda *args, **kwargs: leaf, batch), leaf)
+        try:
+            above = loss_graph(problem.objective.parts(lambda *args, **kwargs: leaf, batch), leaf)
+        except Exception:  # a loss that asks more of `call` than to be called
+            return
     there, graph, _ = find_uses(outputs[0].grad_fn, problem.layout.params)
     places = {(use.index, use.slot, use.name, use.shape): axis for use, axis in zip(uses, plan.axes, strict=True)}
     axes = [places.get((use.index, use.slot, use.name, use.shape)) for use in there]
