@@ -17,7 +17,7 @@ from instruments.gradient_match import compare_gradient
 from instruments.held import HeldBatches, is_empty
 from instruments.layout import remembered_layout
 from instruments.loss_scale import loss_scale, skipped_inside
-from instruments.needs import AFTER_STEP, CURVATURES, RUNS_MODEL, SAMPLES, STEP_EXAMPLES, Need
+from instruments.needs import AFTER_STEP, CURVATURES, RUNS_MODEL, WATCHED, Need
 from instruments.objective import Batch, Objective
 from instruments.probe import Probe
 from instruments.probe_settings import ProbeSettings
@@ -112,10 +112,10 @@ class Observer:
         return nullcontext() if self._clock.waits else self._clock.bucket("observe")
 
     def _watch_next_pass(self) -> None:
-        """Where single examples are to be read at the next step, its own forward and backward pass is watched: of a
-        loss that was seen to be the one that is trained."""
+        """Where single examples, or what the step does, are to be read at the next step, its own forward and backward
+        pass is watched: of a loss that was seen to be the one that is trained."""
         can = self.loop.matched and self._accumulate == 1 and self._settings.mode == "train" and self._watch.hooked
-        if can and any(s.instrument.needs & (SAMPLES | STEP_EXAMPLES) for s in self._readout.affordable(self._due())):
+        if can and any(s.instrument.needs & WATCHED for s in self._readout.affordable(self._due())):
             layout = remembered_layout(self._plans, self._module, self._settings.patterns, self._optimizers)
             self._passes.arm(layout)
 

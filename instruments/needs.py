@@ -9,7 +9,7 @@ Need = Literal[
     "example_gradients",
 ]  # fmt: skip
 SAMPLES: frozenset[Need] = frozenset({"samples", "second_moment", "inner_products", "gram"})
-STEP_EXAMPLES: frozenset[Need] = frozenset({"step_examples"})
+WATCHED: frozenset[Need] = SAMPLES | {"step_examples", "update"}  # for which the training's own pass is as good
 CURVATURES: frozenset[Need] = frozenset(
     {"hessian", "gauss_newton", "fisher", "drawn_fisher", "drawn_diagonal", "backpack_diagonal"}
 )  # on held batches

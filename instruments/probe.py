@@ -78,7 +78,9 @@ class Probe(AbstractContextManager["Probe"]):
         self._expected: frozenset[Any] = expected & frozenset(get_args(Want))
         self._watched, self.seen_in_training = watched, False
         self._keeps = "step_examples" in expected and len(self.batches) == 1
+        self._keeps_gradient = "update" in expected
         self.kept: KeptFactors | None = None
+        self.trained: tuple[Tensor, Tensor] | None = None  # loss and gradient of the step, proved to be its batch's
         self._moments: SampleMoments | None = None
         self._moments_wants: frozenset[Want] = frozenset()
         self._known: dict[str, Any] = {}
@@ -153,7 +155,7 @@ class Probe(AbstractContextManager["Probe"]):
 
     def forget(self) -> None:
         """Drop what was remembered, the batches included."""
-        self._before, self.batches, self.kept, self._watched = None, (), None, None
+        self._before, self.batches, self.kept, self.trained, self._watched = None, (), None, None, None
 
     @contextmanager
     def running(self, *, held: bool, differentiable: bool, forward: bool = True) -> Iterator[None]:
@@ -260,15 +262,21 @@ class Probe(AbstractContextManager["Probe"]):
         return self._moments
 
     def keep(self) -> None:
-        """Before the step: where training's own pass was watched, its factors stay for the slopes along the step."""
-        if self._keeps and self.kept is None and self._watched is not None:
-            self.kept = KeptFactors.of(self.layout)
-            try:
-                seen = self._moments_of_step(self._problem(frozenset(), kept=self.kept))
-            except Exception:  # whoever needs them says it after the step
-                seen = None
-            if seen is None:
-                self.kept = None
+        """Before the step: where the training's own pass was watched, what it leaves for readings after the step stays.
+        Factors, for the slopes of single examples, and the gradient with its loss."""
+        if self._watched is None or not (self._keeps or self._keeps_gradient):
+            return
+        if self._keeps and self.kept is None:
+            self.kept, self.seen_in_training = KeptFactors.of(self.layout), False
+        try:
+            again = None if self.seen_in_training else self._moments_of_step(self._problem(frozenset(), kept=self.kept))
+        except Exception:  # whoever needs it says so after the step
+            again = None
+        self.seen_in_training = self.seen_in_training or again is not None
+        if not self.seen_in_training:
+            self.kept = None
+        elif self._keeps_gradient and self._watched is not None:
+            self.trained = self._watched.loss, self.layout.join(self.unscaled_grads)
 
     def _moments_of_step(self, problem: SampleProblem) -> SampleMoments | None:
         if self._watched is None or len(self.batches) != 1 or self.settings.samples not in ("auto", "fused"):
@@ -276,12 +284,14 @@ class Probe(AbstractContextManager["Probe"]):
         if not self.objective.pure:
             self._guard()
         try:
-            return moments_of_step(problem, self.batches[0], self._watched)
+            found = moments_of_step(problem, self.batches[0], self._watched)
         except (torch.OutOfMemoryError, Undefined):
             raise
         except Exception:  # a loss that asks more of `call` than to be called, a model that has changed since
+            found = None
+        if found is None:
             self._watched = None
-            return None
+        return found
 
     def _problem(
         self, wants: frozenset[Want], direction_D: Tensor | None = None, kept: KeptFactors | None = None
@@ -303,7 +313,8 @@ class Probe(AbstractContextManager["Probe"]):
         return list(torch._foreach_sub([p.detach() for p in self.layout.params], self.before))
 
     def effect(self, meter: Meter) -> StepEffect:
-        found: StepEffect = self.once("effect", lambda: step_effect(self, self._all_before), meter, 4 / 3)
+        price = 4 / 3 if self.trained is None else 1 / 3
+        found: StepEffect = self.once("effect", lambda: step_effect(self, self._all_before), meter, price)
         return found
 
     def loss_at(self, scale: float, meter: Meter) -> Tensor:

@@ -34,10 +34,13 @@ def step_effect(probe: "Probe", before: Sequence[Tensor]) -> StepEffect:
     """Loss and gradient at the old parameters, loss at the new ones: same batch, same masks, same mode.
 
     Costs one gradient and one forward. The gradient is recomputed because `.grad` may stand for other dropout masks, be
-    clipped or scaled.
+    clipped or scaled; where the training's own pass was watched, it was proved not to, and the forward is all.
     """
-    with exchanged(probe.layout.params, before):
-        loss_before, g_D, _ = probe.loss_and_gradient()
+    if probe.trained is not None:
+        loss_before, g_D = probe.trained
+    else:
+        with exchanged(probe.layout.params, before):
+            loss_before, g_D, _ = probe.loss_and_gradient()
     with torch.no_grad():
         loss_after, _ = probe.step_loss()
         u_D = probe.layout.join([p.detach() - p0 for p, p0 in zip(probe.layout.params, before, strict=True)])

@@ -39,7 +39,7 @@ class StepRatio(Gauge):
     )
 
     def price(self, view: View) -> float:
-        return 4 / 3
+        return view.sample_pass + 1 / 3
 
     def read(self, view: View) -> Values:
         e = view.effect

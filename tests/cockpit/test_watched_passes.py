@@ -15,6 +15,7 @@ from cockpit_bench.testing.traces import differences, state_of
 
 NAMES = (
     "gradient/noise_scale", "gradient/signal_to_noise", "gradient/gradient_tests", "gradient/coherence", "step/alpha",
+    "step/step_ratio",
 )  # fmt: skip
 STEPS = 6
 OWN = "of the training itself"
@@ -59,15 +60,35 @@ def test_values_are_those_of_a_pass_of_its_own(model: Callable[[], nn.Module], m
     assert differences(*ends) == []
 
 
-def test_alpha_needs_no_pass_before_the_step() -> None:
+@pytest.mark.parametrize(("name", "first", "later"), [("step/alpha", 7 / 3, 2 / 3), ("step/step_ratio", 4 / 3, 1 / 3)])
+def test_what_a_step_does_needs_no_pass_before_it(name: str, first: float, later: float) -> None:
+    """Once the graph is known, here from a reading of single examples at the first step."""
     training = Training(Case("plain", mlp, adam))
-    cockpit = watch(training, panel=None, instruments={"step/alpha": 1})
+    cockpit = watch(training, panel=None, instruments={name: 1, "gradient/coherence": 1000})
     for step in range(4):
         cockpit.observe(*training.backward(step))
         training.take_step()
-    prices = [r.cost["gradients"] for r in readings(cockpit, "step/alpha", "ok")]
-    assert prices == pytest.approx([7 / 3] + [2 / 3] * 3, abs=1e-3)
+    prices = [r.cost["gradients"] for r in readings(cockpit, name, "ok")]
+    assert prices[0] <= first + 1e-3
+    assert prices[1:] == pytest.approx([later] * 3, abs=1e-3)
     cockpit.close()
+
+
+def test_a_gradient_that_is_clipped_after_observe_is_not_that_of_the_slope() -> None:
+    """What was proved is copied before anybody writes to it."""
+    slopes = []
+    for watching in (True, False):
+        training = Training(Case("plain", mlp, adam))
+        cockpit = watch(training, panel=None, instruments={"step/step_ratio": 1, "gradient/coherence": 1000})
+        for step in range(4):
+            batch, loss = training.backward(step)
+            cockpit.observe(batch, loss if watching else None)
+            nn.utils.clip_grad_norm_(training.model.parameters(), 1e-3)
+            training.take_step()
+        assert [r.cost["gradients"] < 1 for r in readings(cockpit, "step/step_ratio", "ok")][1:] == [watching] * 3
+        slopes.append([r.values["slope"] for r in readings(cockpit, "step/step_ratio", "ok")])
+        cockpit.close()
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-4)
 
 
 def test_only_steps_with_a_reading_are_watched() -> None:
