@@ -20,6 +20,7 @@ from torch import Tensor
 
 from instruments.operators.operator import Operator
 
+UNRESOLVED = 1.5  # times the tolerance: with it two readings in a hundred along training are further off (`bound`)
 ROOM = 8  # vectors that are made room for at first; doubled when they do not suffice
 
 
@@ -43,7 +44,7 @@ class Ritz:
     def bound(self, tol: float) -> float:
         """How far above `value` the largest eigenvalue may lie: the residual, what the tolerance cannot resolve, or
         what was missed before."""
-        return max(self.residual, tol * abs(self.value), self.missed * abs(self.value))
+        return max(self.residual, UNRESOLVED * tol * abs(self.value), self.missed * abs(self.value))
 
 
 def top_eigenvalue(operator: Operator, start_D: Tensor, *, tol: float, max_products: int) -> Ritz:

@@ -11,8 +11,7 @@ contain: the residual is small, the answer is an eigenvalue, and it is not the l
 - audits: a second iteration from a fresh start, and the larger of the two answers counts (both are lower bounds, so
   the larger is the better). They come after 1, 2, 4, ... and at most `AUDIT_EVERY` readings, at once where the vector
   has turned away from the last one, and at the next reading again after one that found more than `FOUND` missing, which
-  also widens the bound of the readings that follow. Calm runs are audited rarely, restless ones nearly always; a new
-  memory is not trusted before some audits have found nothing.
+  also widens the bound of the readings that follow. Calm runs are audited rarely, restless ones nearly always.
 
 Products that another instrument has taken of the same matrix at this step are used first: under SGD, where rho is the
 sharpness times a number, it then costs none.
@@ -37,7 +36,6 @@ FRESH_TOL = 0.03
 AUDIT_EVERY, DROP = 8, 0.14
 DOUBTED_PRODUCTS, DOUBTED_TOL = 5, 0.03
 TURNED, FOUND = 0.7, 0.02  # a cosine with the last vector, and a part of the value
-MISSED, FADING = 0.15, 0.85  # `missed` of a new memory, and what an audit leaves of an older finding
 GAP, LEAST_GAP = 0.2, 0.05  # of the value: at which `tol` bounds the residual itself, and the smallest reckoned with
 
 
@@ -46,14 +44,14 @@ class Track:
     """What is kept between readings.
 
     `readings` counts them; `value` and `vector_D` are the last answer; `missed` is by how much audits have found the
-    followed value too low, in parts of it, older findings fading at every audit; a new memory is doubted as if one had
-    just found something. The next audit is due when `since` the last one there were `period` readings.
+    followed value too low, in parts of it, an older finding counting half at every audit. The next audit is due when
+    `since` the last one there were `period` readings.
     """
 
     readings: int = 0
     value: float = 0.0
     vector_D: Tensor | None = None
-    missed: float = MISSED
+    missed: float = 0.0
     period: int = 1
     since: int = 0
 
@@ -91,7 +89,7 @@ def follow(
         better = audit if audit.value > ritz.value else ritz
         scale = max(abs(better.value), abs(ritz.value))
         found = (better.value - ritz.value) / scale if scale else 0.0
-        missed = max(found, FADING * missed)
+        missed = max(found, missed / 2)
         period, since = 1 if found > FOUND else min(2 * period, AUDIT_EVERY), 0
         ritz = replace(better, products=ritz.products + audit.products)
     ritz = replace(ritz, missed=missed)
