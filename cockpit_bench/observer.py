@@ -107,8 +107,8 @@ class Observer:
             self._passes.arm(waiting)
 
     def _within_training(self) -> AbstractContextManager[Any]:
-        """Round what is done in the midst of the user's pass. On an accelerator the host would have to wait for the
-        device to bill it, which would cost more than what is billed."""
+        """Round what is done within the user's pass and after every step. On an accelerator the host would have to wait
+        for the device to bill it, which would cost more than what is billed."""
         return nullcontext() if self._clock.waits else self._clock.bucket("observe")
 
     def _watch_next_pass(self) -> None:
@@ -182,7 +182,7 @@ class Observer:
             self.close_step()
         else:
             loop.next_step()  # a step that nobody observed is a step all the same
-        with self._clock.bucket("observe"):
+        with self._within_training():
             try:
                 self._watch_next_pass()
             except Exception as error:

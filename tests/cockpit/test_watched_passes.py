@@ -145,3 +145,22 @@ def test_nothing_piles_up() -> None:
     grown = counts[1] - counts[0]
     assert not {shape: more for shape, more in grown.items() if len(shape) > 1 and shape[0] != 20}, grown
     assert torch.is_grad_enabled()
+
+
+def test_an_idle_step_waits_for_the_device_only_round_observe() -> None:
+    """Whether to watch the next pass is decided without a wait of its own."""
+    training = Training(Case("plain", mlp, adam))
+    cockpit, waits = watch(training, panel=None, instruments={"gradient/coherence": 1000}), [0]
+
+    def sync() -> None:
+        waits[0] += 1
+
+    cockpit.clock.sync = sync
+    counts = []
+    for step in range(5):
+        before = waits[0]
+        cockpit.observe(*training.backward(step))
+        training.take_step()
+        counts.append(waits[0] - before)
+    cockpit.close()
+    assert counts[1:] == [2] * 4
