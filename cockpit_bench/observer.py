@@ -149,7 +149,7 @@ class Observer:
                     self._readout.take(station, probe)
             if "gradient" in needs and any(g is not None for g in probe.grads):
                 loop.mark = GradientMark.of(probe.layout.params, probe.gradient_norm, probe.loss_scale)
-            probe.keep()
+            probe.samples.keep()
         later = [s for s in stations if s.instrument.needs & AFTER_STEP]
         if later:
             self._copies = probe.remember(self._copies)

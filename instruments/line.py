@@ -45,12 +45,12 @@ def step_examples(probe: "Probe", before: Sequence[Tensor]) -> StepExamples:
     after = [p.data for p in probe.layout.params]
     steps = torch._foreach_sub(after, list(before))
     after_N = _example_losses(probe)
-    kept = probe.kept
+    kept = probe.samples.kept
     if kept is not None and kept.losses_N is not None and kept.complete(probe.layout):
         return StepExamples(kept.losses_N, after_N, kept.along(probe.layout, steps))
     with exchanged(probe.layout.params, before):
         before_N = _example_losses(probe)
-        slope_N = probe.inner_products(probe.layout.join(steps))
+        slope_N = probe.samples.inner_products(probe.layout.join(steps))
     return StepExamples(before_N, after_N, slope_N)
 
 

@@ -8,7 +8,7 @@ Shapes: D = trainable scalars, N = examples of the step.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
@@ -21,15 +21,13 @@ from instruments.held import HeldBatches
 from instruments.layout import remembered_layout, total_norm
 from instruments.line import StepExamples, loss_at, step_examples
 from instruments.meter import Meter
-from instruments.objective import Batch, Objective, Parts, Undefined, examples_of, losses_by_example, pooled_loss
+from instruments.objective import Batch, Objective, Parts, examples_of, losses_by_example, pooled_loss
 from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.probe_settings import ProbeSettings
 from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
 from instruments.running import running, unwrapped
-from instruments.samples.kept import KeptFactors
-from instruments.samples.moments import SampleMoments, moments_of_step, sample_moments
-from instruments.samples.problem import SampleProblem, Want
+from instruments.samples.of_probe import Samples
 from instruments.samples.watched import Watched
 from instruments.step_effect import StepEffect, step_effect
 
@@ -74,15 +72,8 @@ class Probe(AbstractContextManager["Probe"]):
         self.grads: tuple[Tensor | None, ...] = tuple(p.grad for p in self.layout.params)
         self._before: list[Tensor] | None = None
         self.curvatures, self.diagonals = Curvatures(self), Diagonals(self)
+        self.samples = Samples(self, expected, watched)
         self._stack, self._guarded = ExitStack(), guarded
-        self._expected: frozenset[Any] = expected & frozenset(get_args(Want))
-        self._watched, self.seen_in_training = watched, False
-        self._keeps = "step_examples" in expected and len(self.batches) == 1
-        self._keeps_gradient = "update" in expected
-        self.kept: KeptFactors | None = None
-        self.trained: tuple[Tensor, Tensor] | None = None  # loss and gradient of the step, proved to be its batch's
-        self._moments: SampleMoments | None = None
-        self._moments_wants: frozenset[Want] = frozenset()
         self._known: dict[str, Any] = {}
         self._saved: Saved | None = None
 
@@ -90,11 +81,11 @@ class Probe(AbstractContextManager["Probe"]):
         with ExitStack() as stack:  # what was entered is left again if the guard raises
             stack.enter_context(torch.autocast(self.layout.device.type, enabled=False))  # linear algebra, too
             if self._guarded and not scripted(self.module):  # whoever needs the guard then is refused alone
-                self._guard()
+                self.guard()
             self._stack.push(stack.pop_all())
         return self
 
-    def _guard(self) -> Saved:
+    def guard(self) -> Saved:
         """Nothing runs the model outside the guard; what does not run it need not wait for it."""
         if self._saved is None:
             self._saved = self._stack.enter_context(untouched(self.module))
@@ -102,15 +93,15 @@ class Probe(AbstractContextManager["Probe"]):
 
     def prepare(self) -> None:
         """Guarded, and in the mode of the settings: what engines look at before they run the model."""
-        self._guard()
+        self.guard()
         if self.settings.mode == "eval":
             self.module.eval()
 
     def __exit__(self, *exc: object) -> None:
         self.curvatures.release()
+        self.samples.release()
         for cached in ("preconditioner", "unscaled_grads"):
             self.__dict__.pop(cached, None)
-        self._moments = self._watched = None
         self._known.clear()
         self._stack.close()
         self._saved = None
@@ -155,7 +146,8 @@ class Probe(AbstractContextManager["Probe"]):
 
     def forget(self) -> None:
         """Drop what was remembered, the batches included."""
-        self._before, self.batches, self.kept, self.trained, self._watched = None, (), None, None, None
+        self._before, self.batches = None, ()
+        self.samples.forget()
 
     @contextmanager
     def running(self, *, held: bool, differentiable: bool, forward: bool = True) -> Iterator[None]:
@@ -163,7 +155,7 @@ class Probe(AbstractContextManager["Probe"]):
 
         Every forward sees the buffers as they were; `forward=False` is for a backward through a graph that exists.
         """
-        saved = self._guard()
+        saved = self.guard()
         if forward:
             saved.buffers.fresh()
         seed = self.settings.seed if held else self.settings.seed + 1 + self.step
@@ -216,7 +208,7 @@ class Probe(AbstractContextManager["Probe"]):
         `weighted=False` averages over the micro-batches whatever their size.
         """
         with self.running(held=False, differentiable=False):
-            before = self._guard().random.now()
+            before = self.guard().random.now()
             parts = [self.objective.parts(self.module, batch) for batch in self.batches]
             random = before.moved()
             loss = pooled_loss(self.objective, parts) if weighted else torch.stack([p.loss for p in parts]).mean()
@@ -243,66 +235,6 @@ class Probe(AbstractContextManager["Probe"]):
         """Euclidean norm of all gradients together, one scalar tensor, no synchronisation."""
         return total_norm(self.grads) / self.loss_scale
 
-    def moments(self, meter: Meter, wants: frozenset[Want] = frozenset()) -> SampleMoments:
-        """Per-example statistics of the step's batches: one pass for all that is expected of this step, none where the
-        training's own was watched."""
-        if self._moments is None or not wants <= self._moments_wants:
-            self._moments_wants |= wants | self._expected
-            self.kept = KeptFactors.of(self.layout) if self._keeps else None
-            problem = self._problem(self._moments_wants, kept=self.kept)
-            self._moments = self._moments_of_step(problem)
-            self.seen_in_training = self._moments is not None
-            if self._moments is None:
-                self.prepare()
-                self._moments = sample_moments(problem, self.batches, self.settings.samples)
-            meter.gradients += (1 + len(self._moments_wants)) / 3 + (not self.seen_in_training)
-        meter.provenance["engine"] = self._moments.engine
-        if self.seen_in_training:
-            meter.provenance["pass"] = "of the training itself"
-        return self._moments
-
-    def keep(self) -> None:
-        """Before the step: where the training's own pass was watched, what it leaves for readings after the step stays.
-        Factors, for the slopes of single examples, and the gradient with its loss."""
-        if self._watched is None or not (self._keeps or self._keeps_gradient):
-            return
-        if self._keeps and self.kept is None:
-            self.kept, self.seen_in_training = KeptFactors.of(self.layout), False
-        try:
-            again = None if self.seen_in_training else self._moments_of_step(self._problem(frozenset(), kept=self.kept))
-        except Exception:  # whoever needs it says so after the step
-            again = None
-        self.seen_in_training = self.seen_in_training or again is not None
-        if not self.seen_in_training:
-            self.kept = None
-        elif self._keeps_gradient and self._watched is not None:
-            self.trained = self._watched.loss, self.layout.join(self.unscaled_grads)
-
-    def _moments_of_step(self, problem: SampleProblem) -> SampleMoments | None:
-        if self._watched is None or len(self.batches) != 1 or self.settings.samples not in ("auto", "fused"):
-            return None
-        if not self.objective.pure:
-            self._guard()
-        try:
-            found = moments_of_step(problem, self.batches[0], self._watched)
-        except (torch.OutOfMemoryError, Undefined):
-            raise
-        except Exception:  # a loss that asks more of `call` than to be called, a model that has changed since
-            found = None
-        if found is None:
-            self._watched = None
-        return found
-
-    def _problem(
-        self, wants: frozenset[Want], direction_D: Tensor | None = None, kept: KeptFactors | None = None
-    ) -> SampleProblem:
-        def pinned(*, differentiable: bool = True) -> AbstractContextManager[None]:
-            return self.running(held=False, differentiable=differentiable)
-
-        graphs = self.plans.setdefault("graphs", {})
-        grads = None if direction_D is not None else self.unscaled_grads
-        return SampleProblem(self.module, self.layout, self.objective, pinned, wants, direction_D, graphs, kept, grads)
-
     @cached_property
     def preconditioner(self) -> Preconditioner:
         return read_preconditioner(self.optimizers, self.layout, self.unscaled_grads)
@@ -313,7 +245,7 @@ class Probe(AbstractContextManager["Probe"]):
         return list(torch._foreach_sub([p.detach() for p in self.layout.params], self.before))
 
     def effect(self, meter: Meter) -> StepEffect:
-        price = 4 / 3 if self.trained is None else 1 / 3
+        price = 4 / 3 if self.samples.trained is None else 1 / 3
         found: StepEffect = self.once("effect", lambda: step_effect(self, self._all_before), meter, price)
         return found
 
@@ -324,17 +256,10 @@ class Probe(AbstractContextManager["Probe"]):
 
     def step_examples(self, meter: Meter) -> StepExamples:
         """The loss at both ends of the step and its slope, by example."""
-        price = 7 / 3 if self.kept is None or not self.kept.complete(self.layout) else 2 / 3
+        kept = self.samples.kept
+        price = 7 / 3 if kept is None or not kept.complete(self.layout) else 2 / 3
         found: StepExamples = self.once("step_examples", lambda: step_examples(self, self._all_before), meter, price)
         return found
-
-    def inner_products(self, direction_D: Tensor) -> Tensor:
-        """(N,): <g_i, direction> of the examples of the step, whatever the parameters are at this moment."""
-        self.prepare()
-        problem = self._problem(frozenset({"inner_products"}), direction_D)
-        moments = sample_moments(problem, self.batches, self.settings.samples)
-        assert moments.inner_NL is not None
-        return moments.inner_NL.sum(1)
 
     @property
     def _all_before(self) -> list[Tensor]:

@@ -36,8 +36,8 @@ def step_effect(probe: "Probe", before: Sequence[Tensor]) -> StepEffect:
     Costs one gradient and one forward. The gradient is recomputed because `.grad` may stand for other dropout masks, be
     clipped or scaled; where the training's own pass was watched, it was proved not to, and the forward is all.
     """
-    if probe.trained is not None:
-        loss_before, g_D = probe.trained
+    if probe.samples.trained is not None:
+        loss_before, g_D = probe.samples.trained
     else:
         with exchanged(probe.layout.params, before):
             loss_before, g_D, _ = probe.loss_and_gradient()

@@ -142,14 +142,14 @@ class View:
         if not self._needs & SAMPLES:
             self._declared("samples")
         wants = cast(frozenset[Want], self._needs & SAMPLES - {"samples"})
-        moments = self._probe.moments(self.meter, wants)
+        moments = self._probe.samples.moments(self.meter, wants)
         self.meter.provenance["examples"] = moments.examples
         return moments
 
     @property
     def sample_pass(self) -> float:
         """What the pass over the model of `moments` costs, in g: none where that of the training itself was watched."""
-        return 0.0 if self._probe.seen_in_training else 1.0
+        return 0.0 if self._probe.samples.seen_in_training else 1.0
 
     def example_gradients(self, count: int, look: Look[Seen]) -> list[Seen]:
         """What `look` says of the whole gradients of at most `count` of the step's examples, one after the other."""

@@ -18,6 +18,7 @@ from twins import example_gradients, total_loss, trainable
 from instruments import Probe, View
 from instruments.objective import as_objective
 from instruments.samples import kept as samples_kept
+from instruments.samples.of_probe import Samples
 from instruments.step.alpha import Alpha
 
 READABLE = [case for case in CASES if case.examples and not case.random]
@@ -59,7 +60,7 @@ def test_a_pass_before_the_step_gives_the_slopes_too(
                 p.sub_(1e-2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
         with monkeypatch.context() as patch:
-            patch.setattr(Probe, "inner_products", spied(Probe.inner_products, passes))
+            patch.setattr(Samples, "inner_products", spied(Samples.inner_products, passes))
             values.append(read(built.model, built.loss, built.batch, move, first))
     assert len(passes) == (1 if kept_bytes else 2)
     for name in ("slope", "curvature"):

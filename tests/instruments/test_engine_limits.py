@@ -198,5 +198,5 @@ class Tied(nn.Module):
 def test_a_tied_weight_is_chosen_by_any_of_its_names(pattern: str, columns: slice) -> None:
     model, batch = Tied().double(), (torch.randint(0, 3, (N,)), torch.randint(0, 3, (N,)))
     with probe_of(model, batch, parameters=pattern) as probe:
-        moments = probe.moments(Meter(), EVERYTHING)
+        moments = probe.samples.moments(Meter(), EVERYTHING)
     assert_moments(moments, example_gradients(model, CROSS_ENTROPY, batch)[:, columns])

@@ -29,7 +29,7 @@ def seeded() -> None:
 
 def read(model: nn.Module, loss: Any, batch: Any, plans: Plans) -> SampleMoments:
     with Probe(model, as_objective(loss), [], [batch], plans=plans) as probe:
-        return probe.moments(Meter(), EVERYTHING)
+        return probe.samples.moments(Meter(), EVERYTHING)
 
 
 def assert_read_right(model: nn.Module, loss: Any, batch: Any, plans: Plans) -> None:

@@ -138,7 +138,7 @@ def test_a_graph_is_checked_once_and_again_when_it_changes(monkeypatch: pytest.M
     objective = as_objective(nn.CrossEntropyLoss())
     for batch in ((x, y), (x, y), (x[:4], y[:4]), (x, y)):
         with Probe(model, objective, [], [batch], plans=plans) as probe:
-            moments = probe.moments(Meter(), EVERYTHING)
+            moments = probe.samples.moments(Meter(), EVERYTHING)
         assert_moments(moments, example_gradients(model, nn.CrossEntropyLoss(), batch))
     assert len(passes) == 2
 
@@ -149,7 +149,7 @@ def test_a_broken_model_is_not_remembered() -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     with Probe(model, as_objective(nn.CrossEntropyLoss()), [], [batch], plans=plans) as probe:
-        moments = probe.moments(Meter(), EVERYTHING)
+        moments = probe.samples.moments(Meter(), EVERYTHING)
     assert moments.norms_sq_N.isnan().all()
     assert not plans["graphs"]
 
@@ -181,7 +181,7 @@ def test_dropout_masks_are_those_of_the_batch() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3)).double()
     batch = (torch.randn(1, 4, dtype=torch.float64).expand(N, 4).clone(), torch.zeros(N, dtype=torch.long))
     with Probe(model, as_objective(nn.CrossEntropyLoss()), [], [batch]) as probe:
-        moments = probe.moments(Meter())
+        moments = probe.samples.moments(Meter())
         _, mean_D, _ = probe.loss_and_gradient()
     assert len(set(moments.norms_sq_N.tolist())) > 1
     assert torch.allclose(moments.mean_D, mean_D, atol=1e-12)
@@ -191,7 +191,7 @@ def test_only_the_parameters_that_are_asked_for() -> None:
     model, batch = built(ZOO[0])
     settings_ = ProbeSettings(parameters=("encoder.*.norm1.*", "cls"))
     with Probe(model, as_objective(nn.CrossEntropyLoss()), [], [batch], settings=settings_) as probe:
-        moments = probe.moments(Meter(), EVERYTHING)
+        moments = probe.samples.moments(Meter(), EVERYTHING)
         names = probe.layout.names
     assert (names[0], len(names)) == ("cls", 5)
     for name, p in model.named_parameters():

@@ -30,7 +30,7 @@ def measure(
 ) -> SampleMoments:
     settings = ProbeSettings(samples=engine)  # type: ignore[arg-type]
     with Probe(model, as_objective(loss), [], batches, settings=settings) as probe:
-        return probe.moments(Meter(), wants)
+        return probe.samples.moments(Meter(), wants)
 
 
 def assert_moments(moments: SampleMoments, grads_ND: torch.Tensor, tol: float = 1e-10) -> None:

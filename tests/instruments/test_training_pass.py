@@ -57,7 +57,7 @@ def read(model: nn.Module, loss: Any, batch: Any, plans: Plans, seen: Any = None
     """The moments, and the pass that they are said to come from."""
     meter = Meter()
     with Probe(model, as_objective(loss), [], [batch], plans=plans, watched=seen) as probe:
-        return probe.moments(meter, EVERYTHING), meter.provenance.get("pass")
+        return probe.samples.moments(meter, EVERYTHING), meter.provenance.get("pass")
 
 
 def train(
