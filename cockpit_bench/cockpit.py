@@ -32,6 +32,7 @@ from cockpit_bench.observer import Observer
 from cockpit_bench.on_demand import read_now
 from cockpit_bench.panels import assemble, declared
 from cockpit_bench.prices import NOTHING, Prices, price_list
+from cockpit_bench.probes import Probes
 from cockpit_bench.readout import Readout
 from cockpit_bench.recorder import Recorder
 from cockpit_bench.runlog import Metrics, Outcome, Reading, Record
@@ -96,15 +97,15 @@ class Cockpit:
         self._device = layout.device
         self.clock = Clock(sync=partial(torch.cuda.synchronize, self._device) if self._device.type == "cuda" else None)
         slots, purse, held = assemble(panel, instruments, steps), Budget(budget), HeldBatches(probe)
+        probes = Probes(model, objective, optimizers, held=held, settings=settings, scaler=scaler)
         about = {"target": None if target is None else asdict(target), "steps": steps, "instruments": declared(slots)}
         self._recorder = Recorder(
             self.clock, logdir, resume, sinks, target, steps, interactive=interactive, about=about
         )
         self._readout = Readout(slots, purse, self.clock, self._recorder.write, strict=strict)
         self._observer = Observer(
-            model, objective, optimizers, clock=self.clock, readout=self._readout, recorder=self._recorder, held=held,
-            settings=settings, scaler=scaler, accumulate=accumulate, strict=strict,
-        )  # fmt: skip
+            probes, self._readout, self._recorder, clock=self.clock, accumulate=accumulate, strict=strict
+        )
         self._ending, self._steps, self._accumulate = Ending(target), steps, accumulate
         self._closed, self._earlier_error = False, id(last_error())
         self._exit = partial(_close_at_exit, weakref.ref(self))
@@ -142,7 +143,7 @@ class Cockpit:
             yield lambda **metrics: None
             return
         self._observer.settle()
-        with self.clock.bucket("evaluate"), self._observer.unwatched():
+        with self.clock.bucket("evaluate"), self._observer.passes.paused():
             yield self._evaluated
 
     def _evaluated(self, **metrics: float | Tensor) -> None:
@@ -232,7 +233,7 @@ class Cockpit:
             "clock": self.clock.state_dict(),
             "readout": self._readout.state_dict(),
             "ending": self._ending.state_dict(),
-            "held": self._observer.held.state_dict(),
+            "held": self._observer.probes.held.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,7 +248,7 @@ class Cockpit:
         self.clock.load_state_dict(state["clock"])
         self._readout.load_state_dict(state["readout"])
         self._ending.load_state_dict(state["ending"])
-        self._observer.held.load_state_dict(state["held"], self._device)
+        self._observer.probes.held.load_state_dict(state["held"], self._device)
 
     def close(self, status: Status | None = None, reason: str = "") -> Outcome | None:
         """End the run: the outcome is written, the summary printed, hooks and sinks are closed. Safe to call twice."""

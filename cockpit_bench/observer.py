@@ -1,28 +1,27 @@
 """One optimizer step, from observe() to the hook that closes it: what is read when, and what is not a step."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
 from cockpit_bench.clip_watch import GradientMark
 from cockpit_bench.clock import Bucket, Clock
 from cockpit_bench.loop_state import LoopState
+from cockpit_bench.probes import Probes
 from cockpit_bench.readout import Readout, Station
 from cockpit_bench.recorder import Recorder
 from cockpit_bench.runlog import Event
 from cockpit_bench.step_watch import StepWatch
 from instruments.gradient_match import compare_gradient
-from instruments.held import HeldBatches, is_empty
-from instruments.layout import remembered_layout
-from instruments.loss_scale import loss_scale, skipped_inside
-from instruments.needs import AFTER_STEP, CURVATURES, RUNS_MODEL, WATCHED, Need
-from instruments.objective import Batch, Objective
+from instruments.held import is_empty
+from instruments.loss_scale import skipped_inside
+from instruments.needs import AFTER_STEP, CURVATURES, RUNS_MODEL, WATCHED
+from instruments.objective import Batch
 from instruments.probe import Probe
-from instruments.probe_settings import ProbeSettings
 from instruments.refusal import Refusal
-from instruments.running import settle_heap, unwrapped
+from instruments.running import settle_heap
 from instruments.samples.watched import PassWatch, Watched
 
 
@@ -35,36 +34,26 @@ class Observer:
 
     def __init__(
         self,
-        model: nn.Module,
-        objective: Objective,
-        optimizers: Sequence[Any],
-        *,
-        clock: Clock,
+        probes: Probes,
         readout: Readout,
         recorder: Recorder,
-        held: HeldBatches,
-        settings: ProbeSettings,
-        scaler: Any,
+        *,
+        clock: Clock,
         accumulate: int,
         strict: bool,
     ) -> None:
-        self._model, self._objective, self._optimizers = model, objective, optimizers
-        self._module = unwrapped(model)
-        self._clock, self._readout, self._recorder, self.held = clock, readout, recorder, held
-        self._settings, self._scaler, self._accumulate, self._strict = settings, scaler, accumulate, strict
+        self.probes, self._readout, self._recorder = probes, readout, recorder
+        self._clock, self._accumulate, self._strict = clock, accumulate, strict
         self.loop = LoopState()
         self.last_loss: Tensor | float | None = None
         self._update: Bucket | None = None
-        self._plans: dict[Any, Any] = {}
         self._copies: list[Tensor] | None = None
         self._first: Tensor | None = None
         self._collects = any(s.instrument.needs & CURVATURES for s in readout.stations)
         outputs = [out for s in readout.stations for out in s.instrument.outputs.values()]
         self._per_layer = any(out.kind == "per-layer" for out in outputs)
-        self._watch = StepWatch(optimizers, self)
-        graphs = self._plans.setdefault("graphs", {})
-        self._passes = PassWatch(self._module, graphs, self._within_training)
-        self._next_due: tuple[int, list[Station]] | None = None
+        self._watch = StepWatch(probes.optimizers, self)
+        self.passes = PassWatch(probes.module, probes.graphs, self._within_training)
         settle_heap()
 
     def observe(self, batch: Batch, loss: Tensor | float | None) -> None:
@@ -82,29 +71,14 @@ class Observer:
         if not loop.begun:
             self._first_observed()
         if self._collects:
-            self.held.offer(loop.batches)
-        seen = self._passes.take(loss)
-        due = self._due()
+            self.probes.held.offer(loop.batches)
+        seen = self.passes.take(loss)
+        due = self._readout.due(loop.step)
         if due:
             self._readout.budget.overhead = self._clock.bucket("observe").seconds  # what is billed to no instrument
             payable = self._readout.payable(due, loop.step)
             if payable:
                 self._read_before_step(payable, seen)
-
-    def _due(self) -> list[Station]:
-        """What is due at the present step; a cadence is asked once a step."""
-        if self._next_due is None or self._next_due[0] != self.loop.step:
-            self._next_due = self.loop.step, self._readout.due(self.loop.step)
-        return self._next_due[1]
-
-    @contextmanager
-    def unwatched(self) -> Iterator[None]:
-        """No pass is waited for while the user evaluates, exports or compiles."""
-        waiting = self._passes.waiting
-        self._passes.disarm()
-        yield
-        if waiting is not None:
-            self._passes.arm(waiting)
 
     def _within_training(self) -> AbstractContextManager[Any]:
         """Round what is done within the user's pass and after every step. On an accelerator the host would have to wait
@@ -114,10 +88,10 @@ class Observer:
     def _watch_next_pass(self) -> None:
         """Where single examples, or what the step does, are to be read at the next step, its own forward and backward
         pass is watched: of a loss that was seen to be the one that is trained."""
-        can = self.loop.matched and self._accumulate == 1 and self._settings.mode == "train" and self._watch.hooked
-        if can and any(s.instrument.needs & WATCHED for s in self._readout.affordable(self._due())):
-            layout = remembered_layout(self._plans, self._module, self._settings.patterns, self._optimizers)
-            self._passes.arm(layout)
+        loop, mode = self.loop, self.probes.settings.mode
+        can = loop.matched and self._accumulate == 1 and mode == "train" and self._watch.hooked
+        if can and any(s.instrument.needs & WATCHED for s in self._readout.affordable(self._readout.due(loop.step))):
+            self.passes.arm(self.probes.layout())
 
     def _first_observed(self) -> None:
         """Steps that were taken before anything was observed: observe() may stand on the wrong side of them."""
@@ -137,7 +111,8 @@ class Observer:
             raise Refusal("expected a batch with at least one example, got an empty one; nothing was read at this step")
         needs = frozenset().union(*(s.instrument.needs for s in stations))
         trusted = all(s.built_in for s in stations)  # these take the guard when they run the model
-        with self.probe(loop.batches, loop.loss, guarded=not trusted, expected=needs, watched=seen) as probe:
+        probe = self.probes.make(loop, loop.batches, loop.loss, guarded=not trusted, expected=needs, watched=seen)
+        with probe:
             if self._per_layer:
                 self._name_layers(probe)
             if needs & RUNS_MODEL and not loop.compared:
@@ -176,7 +151,7 @@ class Observer:
             self._skipped_step()
             return
         loop.stepped.add(id(optimizer))
-        if len(loop.stepped) < len(self._optimizers):
+        if len(loop.stepped) < len(self.probes.optimizers):
             return
         if loop.observed:
             self.close_step()
@@ -214,54 +189,7 @@ class Observer:
         """Take the hooks off the optimizers."""
         self.settle()
         self._watch.close()
-        self._passes.disarm()
-
-    def probe(
-        self,
-        batches: Sequence[Batch],
-        loss: Tensor | float | None,
-        *,
-        held: HeldBatches | None = None,
-        guarded: bool = True,
-        expected: frozenset[Need] = frozenset(),
-        watched: Watched | None = None,
-    ) -> Probe:
-        """The present state of training, to be used in a `with`.
-
-        Not guarded from the start are only instruments of this library.
-        """
-        held = self.held if held is None else held
-        return Probe(
-            self._model,
-            self._objective,
-            self._optimizers,
-            batches,
-            step=self.loop.step,
-            loss=loss,
-            held=held if held.batches else None,
-            loss_scale=loss_scale(self._scaler, self._optimizers),
-            gradient_factor=self.loop.gradient_factor,
-            settings=self._settings,
-            guarded=guarded,
-            expected=expected,
-            plans=self._plans,
-            watched=watched,
-        )
-
-    def probe_now(self, batch: Batch | None) -> Probe | None:
-        """The probe of a reading on demand: of this batch or of the last one observed; None when there is neither."""
-        loop = self.loop
-        if batch is not None:
-            given = HeldBatches([batch])
-            given.label = "given"
-            return self.probe([batch], None, held=given)
-        if not loop.last and not self.held.batches:
-            return None
-        return self.probe(loop.last, loop.loss if loop.observed else None)
-
-    def forget_graphs(self) -> None:
-        """What is remembered of the graphs of the model, which is found anew when it is needed."""
-        self._plans["graphs"].clear()
+        self.passes.disarm()
 
     def trouble(self, error: Exception) -> None:
         """Something broke in the cockpit itself: logged once a kind, training goes on."""
@@ -284,7 +212,7 @@ class Observer:
 
     def _skipped_step(self) -> None:
         if not self.loop.skipping:
-            self.event("skipped_step", loss_scale=loss_scale(self._scaler, self._optimizers))
+            self.event("skipped_step", loss_scale=self.probes.loss_scale)
         self.loop.abandon()
 
     def _name_layers(self, probe: Probe) -> None:
@@ -312,7 +240,7 @@ class Observer:
         mark, self.loop.mark = self.loop.mark, None
         assert mark is not None
         try:
-            norms = mark.clipped(loss_scale(self._scaler, self._optimizers))
+            norms = mark.clipped(self.probes.loss_scale)
         except Refusal:
             return
         except Exception as error:
@@ -325,7 +253,7 @@ class Observer:
         """Changes when an optimizer writes to the first trained parameter."""
         first = self._first
         if first is None or not first.requires_grad:  # frozen since: another one is looked for
-            self._first = first = next((p for p in self._module.parameters() if p.requires_grad), None)
+            self._first = first = next((p for p in self.probes.module.parameters() if p.requires_grad), None)
         return 0 if first is None else first._version
 
     def _one_number(self, loss: Tensor | float | None) -> Tensor | float | None:

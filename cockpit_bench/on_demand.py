@@ -29,7 +29,7 @@ def read_now(
     known = {station.label: station.instrument for station in readout.stations}
     found = known.get(label) or (catalogue.make(instrument) if isinstance(instrument, str) else instrument)
     try:
-        probe = observer.probe_now(batch)
+        probe = observer.probes.on_demand(observer.loop, batch)
         if probe is None:
             raise ValueError("no batch was observed yet; pass batch=...")
     except ValueError as error:

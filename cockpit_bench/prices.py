@@ -134,20 +134,22 @@ def price_list(
     """
     with clock.bucket("observe", key="prices") if clock.running else nullcontext():
         batches = _step_batches(observer, batch, accumulate)
-        held = _held_batches(observer.held, batches)
-        with untouched(observer.probe(batches, None).module):
-            seconds, loss = _train_once(observer.probe(batches, None), clock.sync)
+        probes, loop = observer.probes, observer.loop
+        held = _held_batches(probes.held, batches)
+        with untouched(probes.module):
+            seconds, loss = _train_once(probes.make(loop, batches, None), clock.sync)
 
             def probe() -> Probe:
-                return observer.probe(batches, loss, held=_copy_of(held))
+                return probes.make(loop, batches, loss, held=_copy_of(held))
 
-            ahead = _ahead(observer.loop.step, steps)
+            ahead = _ahead(loop.step, steps)
             rows = [_price(station, probe, clock.sync, seconds, ahead) for station in readout.stations]
     return Prices(tuple(rows), seconds, sum(map(examples_of, batches)), held.examples, readout.budget.share)
 
 
 def _step_batches(observer: Observer, batch: Batch | None, accumulate: int) -> Sequence[Batch]:
-    given = [batch] * accumulate if batch is not None else observer.loop.last or observer.held.batches[:1] * accumulate
+    last = observer.loop.last or observer.probes.held.batches[:1] * accumulate
+    given = last if batch is None else [batch] * accumulate
     if not given:
         raise ValueError(
             "expected a batch to measure on, got none, and nothing was observed yet; pass a training batch: "

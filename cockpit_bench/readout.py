@@ -70,10 +70,13 @@ class Readout:
     def __init__(self, slots: Iterable[Slot], budget: Budget, clock: Clock, emit: Emit, *, strict: bool) -> None:
         self.stations = [Station(slot) for slot in slots]
         self.budget, self._clock, self._emit, self._strict = budget, clock, emit, strict
+        self._due: tuple[int, list[Station]] | None = None
 
     def due(self, step: int) -> list[Station]:
         """Stations to be read at this step, in the order of the panel. Their cadence is asked once a step."""
-        return [s for s in self.stations if s.slot.due(step) and not s.retired]
+        if self._due is None or self._due[0] != step:
+            self._due = step, [s for s in self.stations if s.slot.due(step) and not s.retired]
+        return self._due[1]
 
     def affordable(self, stations: Iterable[Station]) -> list[Station]:
         """Those that the budget affords at this moment."""

@@ -129,7 +129,7 @@ def _drive(
     for step in range(begin, end):
         if step == SAVED_AT and cockpit is not None:
             # A run that goes on from a checkpoint knows no graph, and what is read in another way differs by rounding.
-            cockpit._observer.forget_graphs()
+            cockpit._observer.probes.graphs.clear()
         for micro in range(training.case.accumulate):
             meddling.before(training, step)
             batch, loss = training.backward(step, micro)

@@ -10,8 +10,8 @@ that the loss reaches otherwise, and, in `fused_engine.moments_of_step`, the gra
 """
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -115,11 +115,6 @@ class PassWatch:
         self._starts = _compilation_starts()
         self._starts.append(self._unhook)
 
-    @property
-    def waiting(self) -> Layout | None:
-        """The layout that it was armed with, while the next pass has not come by."""
-        return self._layout if self._handle is not None and self._forwards == 0 else None
-
     def disarm(self) -> None:
         """Forget what was seen, and wait for nothing."""
         self._unhook()
@@ -128,6 +123,15 @@ class PassWatch:
         if self._seen is not None:
             self._seen.release()
         self._forwards, self._seen = 0, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No pass is waited for while the user evaluates, exports or compiles; then again, if it had not begun."""
+        layout = self._layout if self._handle is not None and self._forwards == 0 else None
+        self.disarm()
+        yield
+        if layout is not None:
+            self.arm(layout)
 
     def _unhook(self, *_: Any) -> None:
         """Also at the moment when a compilation starts, which would have to look through the hook."""

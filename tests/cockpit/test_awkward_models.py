@@ -137,10 +137,10 @@ def test_activation_checkpointing_changes_no_reading(keep: bool) -> None:
         model, batch = Checkpointed().double().train(training), problem()[1]
         cockpit = Cockpit(model, torch.optim.SGD(model.parameters(), lr=5.0), loss=nn.CrossEntropyLoss(), strict=True,
                           instruments={"curvature/sharpness": 1, "step/step_ratio": 1}, **QUIET)  # fmt: skip
-        cockpit._observer.held.keep_graphs = keep
+        cockpit._observer.probes.held.keep_graphs = keep
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         cockpit.observe(batch)
-        cockpit._observer._optimizers[0].step()
+        cockpit._observer.probes.optimizers[0].step()
         cockpit.close()
         found.append((cockpit.last["curvature/sharpness"]["sharpness"], cockpit.last["step/step_ratio"]["slope"]))
     assert found[0] == pytest.approx(found[1], rel=1e-9)

@@ -185,7 +185,7 @@ def test_trouble_inside_the_optimizers_step_does_not_reach_it(monkeypatch: pytes
     for step in range(3):
         cockpit.observe(*training.backward(step))
         with monkeypatch.context() as patch:
-            patch.setattr("cockpit_bench.observer.loss_scale", broken)
+            patch.setattr("cockpit_bench.probes.loss_scale", broken)
             patch.setattr("instruments.probe.step_effect", broken)
             training.take_step()
     assert cockpit.step == 3

@@ -155,7 +155,7 @@ def test_where_nothing_can_be_paid_nothing_is_opened(monkeypatch: pytest.MonkeyP
     training = Training(PLAIN)
     cockpit = watch(training, instruments={"curvature/sharpness": 1}, budget=0.0)
     training.run(1, cockpit.observe)
-    monkeypatch.setattr("cockpit_bench.observer.Probe", lambda *args, **kwargs: pytest.fail("a probe was opened"))
+    monkeypatch.setattr("cockpit_bench.probes.Probe", lambda *args, **kwargs: pytest.fail("a probe was opened"))
     training.run(3, cockpit.observe)
     assert not events(cockpit, "observe_failed")
     outcome = cockpit.close()

@@ -137,7 +137,7 @@ def test_curvature_is_priced_on_what_will_be_held() -> None:
     assert (prices.examples, prices.held) == (N, 512 // N * N)
     training.run(1, collecting.observe)
     assert collecting.prices().held == 512 // N * N
-    assert collecting._observer.held.examples == N, "what is held is collected by training alone"
+    assert collecting._observer.probes.held.examples == N, "what is held is collected by training alone"
     for cockpit in (given, collecting):
         cockpit.close()
 
@@ -294,11 +294,11 @@ def test_running_out_of_memory_costs_the_run_nothing(monkeypatch: pytest.MonkeyP
         return real(outputs, *args, **kwargs)
 
     cockpit = watch(Training(PLAIN), panel=None, instruments={"curvature/sharpness": 1}, probe=batches(rows(0)))
-    before = cockpit._observer.held.extent
+    before = cockpit._observer.probes.held.extent
     monkeypatch.setattr("torch.autograd.grad", small)
     assert by_label(cockpit.prices())["curvature/sharpness"].how == "measured"
     assert refused
-    assert cockpit._observer.held.extent == before
+    assert cockpit._observer.probes.held.extent == before
     assert not events(cockpit, "probe_shrunk")
     cockpit.close()
 
