@@ -12,9 +12,7 @@
 Three promises: observation never changes training; an instrument never stops training; no number without its doubt.
 """
 
-import atexit
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -27,7 +25,7 @@ from torch import Tensor, nn, optim
 
 from cockpit_bench.cadence import Budget
 from cockpit_bench.clock import Clock
-from cockpit_bench.ending import Ending, last_error, status_of
+from cockpit_bench.ending import AtExit, Ending, status_of
 from cockpit_bench.observer import Observer
 from cockpit_bench.on_demand import read_now
 from cockpit_bench.panels import assemble, declared
@@ -107,9 +105,7 @@ class Cockpit:
             probes, self._readout, self._recorder, clock=self.clock, accumulate=accumulate, strict=strict
         )
         self._ending, self._steps, self._accumulate = Ending(target), steps, accumulate
-        self._closed, self._earlier_error = False, id(last_error())
-        self._exit = partial(_close_at_exit, weakref.ref(self))
-        atexit.register(self._exit)
+        self._closed, self._at_exit = False, AtExit(self.close)
 
     # What the user's loop calls.
 
@@ -226,10 +222,7 @@ class Cockpit:
             return {}
         self._observer.settle()
         return {
-            "step": self.step,
-            "compared": self._observer.loop.compared,
-            "matched": self._observer.loop.matched,
-            "gradient_factor": self._observer.loop.gradient_factor,
+            **self._observer.loop.state_dict(),
             "clock": self.clock.state_dict(),
             "readout": self._readout.state_dict(),
             "ending": self._ending.state_dict(),
@@ -240,11 +233,8 @@ class Cockpit:
         """Continue from a checkpoint; records of the resumed log from its step on no longer count."""
         if not self.enabled or not state:
             return
-        loop = self._observer.loop
-        loop.step, loop.compared, loop.matched = int(state["step"]), bool(state["compared"]), bool(state.get("matched"))
-        loop.begun_at = loop.step
-        loop.gradient_factor = float(state["gradient_factor"])
-        self._recorder.from_step = loop.step
+        self._observer.loop.load_state_dict(state)
+        self._recorder.from_step = self.step
         self.clock.load_state_dict(state["clock"])
         self._readout.load_state_dict(state["readout"])
         self._ending.load_state_dict(state["ending"])
@@ -255,7 +245,7 @@ class Cockpit:
         if not self.enabled or self._closed:
             return self.outcome
         self._closed = True
-        atexit.unregister(self._exit)
+        self._at_exit.cancel()
         try:
             self._observer.close()
         finally:
@@ -290,18 +280,6 @@ class Cockpit:
         if getattr(self, "_closed", True) is False:
             with suppress(Exception):
                 self.close()
-
-    def _at_exit(self) -> None:
-        """The interpreter ends and nobody closed the run: the log says how it ended."""
-        error = last_error()
-        self.close(*status_of(None if id(error) == self._earlier_error else error))
-
-
-def _close_at_exit(reference: "weakref.ref[Cockpit]") -> None:
-    """Only a cockpit that is still in use is closed: being remembered here must not keep a model alive."""
-    cockpit = reference()
-    if cockpit is not None:
-        cockpit._at_exit()
 
 
 def refuse_fractions(accumulate: Any) -> None:

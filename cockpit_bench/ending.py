@@ -1,8 +1,10 @@
 """How a run ends: the target, when it was hit, and the outcome."""
 
+import atexit
 import math
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +77,27 @@ class Ending:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.hit_step, self.hit_seconds, self.best = state["hit_step"], state["hit_seconds"], state["best"]
+
+
+class AtExit:
+    """Ends a run that nobody closed, when the interpreter ends: the log says how it ended.
+
+    The method is held weakly, since being remembered here must not keep a model alive, and an error that is older than
+    the run is not what ended it.
+    """
+
+    def __init__(self, close: Callable[[Status | None, str], object]) -> None:
+        self._close, self._earlier_error = weakref.WeakMethod(close), id(last_error())
+        atexit.register(self)
+
+    def __call__(self) -> None:
+        close, error = self._close(), last_error()
+        if close is not None:
+            close(*status_of(None if id(error) == self._earlier_error else error))
+
+    def cancel(self) -> None:
+        """The run was closed."""
+        atexit.unregister(self)
 
 
 def last_error() -> BaseException | None:

@@ -1,5 +1,6 @@
 """Where the user's loop stands between two calls: the step being built up and what waits for it to be taken."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,16 @@ class LoopState:
         fresh = kind not in self._troubles
         self._troubles.add(kind)
         return fresh
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and what is found out once a run."""
+        return {name: getattr(self, name) for name in ("step", "compared", "matched", "gradient_factor")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; an older checkpoint does not say whether the gradients matched."""
+        self.step = self.begun_at = int(state["step"])
+        self.compared, self.matched = bool(state["compared"]), bool(state.get("matched"))
+        self.gradient_factor = float(state["gradient_factor"])
 
     def _reset(self) -> None:
         self.batches, self.observed, self.stepped = [], False, set()
