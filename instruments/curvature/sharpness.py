@@ -20,11 +20,11 @@ class Sharpness(Instrument):
     From the last Ritz vector y by products with its residual, until |H y - lambda y|^2 / gap is at most 5 `tol`^2
     |lambda|: where the next eigenvalue is a fifth lower, `tol` bounds the relative residual. Audited from a fresh
     start, rarely while audits find nothing, at every reading while they do (`instruments.linalg.tracking`). The value
-    is never above the true one by more than rounding. `bound` is the largest of the residual, 1.5 `tol` |lambda| and
-    what recent audits have found missing: the true value is that close, unless an eigenvalue has overtaken it by more
-    since the last audit. Of 2,880 readings along training 98 % were within their bound. Sharpness of a mini-batch is
-    larger than that of the whole data set: compare only readings on the same number of examples. `edge` is what it
-    would have to reach for rho = 1 where that is one number: all coordinates stepping alike, as under SGD.
+    is never above the true one by more than rounding. `bound` is the largest of the residual, of (1 + s/2) `tol`
+    |lambda| at the s-th reading after an audit, and of what recent audits have found missing: the true value is that
+    close, unless another eigenvalue has overtaken it by more. Sharpness of a mini-batch is larger than that of the whole
+    data set: compare only readings on the same number of examples. `edge` is what it would have to reach for rho = 1
+    where that is one number: all coordinates stepping alike, as under SGD.
     """
 
     tol: float = 0.0675

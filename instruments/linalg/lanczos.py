@@ -20,7 +20,7 @@ from torch import Tensor
 
 from instruments.operators.operator import Operator
 
-UNRESOLVED = 1.5  # times the tolerance: with it two readings in a hundred along training are further off (`bound`)
+AGED = 0.5  # of the tolerance, for every reading since the last audit: with it one reading in a hundred is further off
 ROOM = 8  # vectors that are made room for at first; doubled when they do not suffice
 
 
@@ -30,8 +30,9 @@ class Ritz:
 
     `residual` is |A y - value y| for the unit vector y, in the unit of the operator; the error of `value` is at most
     `residual` if the eigenvalue nearest to it is the largest one, and it is always from below. `converged` says whether
-    the residual met the tolerance within the allowed products. `vector_D` is y. `missed` is by how much of the value
-    readings like this one were found too low of late.
+    the residual met the tolerance within the allowed products. `vector_D` is y. For a value that is followed, `missed`
+    is by how much of it readings like this one were found too low of late, and `since` how many readings ago another
+    eigenvalue was last looked for: 0 for one that was just found.
     """
 
     value: float
@@ -40,11 +41,13 @@ class Ritz:
     converged: bool
     vector_D: Tensor
     missed: float = 0.0
+    since: int = 0
 
     def bound(self, tol: float) -> float:
-        """How far above `value` the largest eigenvalue may lie: the residual, what the tolerance cannot resolve, or
-        what was missed before."""
-        return max(self.residual, UNRESOLVED * tol * abs(self.value), self.missed * abs(self.value))
+        """How far above `value` the largest eigenvalue may lie: the residual, what the tolerance cannot resolve, which
+        grows while nobody looks for another one, or what was missed before."""
+        unresolved = (1 + AGED * self.since) * tol
+        return max(self.residual, unresolved * abs(self.value), self.missed * abs(self.value))
 
 
 def top_eigenvalue(operator: Operator, start_D: Tensor, *, tol: float, max_products: int) -> Ritz:

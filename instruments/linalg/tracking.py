@@ -92,7 +92,7 @@ def follow(
         missed = max(found, missed / 2)
         period, since = 1 if found > FOUND else min(2 * period, AUDIT_EVERY), 0
         ritz = replace(better, products=ritz.products + audit.products)
-    ritz = replace(ritz, missed=missed)
+    ritz = replace(ritz, missed=missed, since=since)
     return ritz, _after(ritz, replace(track, missed=missed, period=period, since=since))
 
 

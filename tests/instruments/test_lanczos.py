@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,11 +184,18 @@ def test_an_audit_that_finds_something_is_followed_by_another_and_widens_the_bou
     assert [t.period for _, t in rows] == [2, 2, 4]
 
 
-def test_the_bound_allows_for_what_the_tolerance_cannot_resolve() -> None:
+def test_the_bound_is_the_tolerance_after_an_audit_and_grows_until_the_next() -> None:
     found = Ritz(2.0, 0.01, 3, True, torch.zeros(1), missed=0.02)
-    assert found.bound(0.05) == pytest.approx(1.5 * 0.05 * 2.0)
+    assert found.bound(0.05) == pytest.approx(0.05 * 2.0)
+    assert [replace(found, since=n).bound(0.05) for n in (1, 2, 7)] == pytest.approx([0.15, 0.2, 0.45])
     assert found.bound(0.001) == pytest.approx(0.04)
     assert Ritz(2.0, 0.5, 3, True, torch.zeros(1)).bound(0.05) == 0.5
+    ritz, after = follow(spectrum(2.0, 1.0), Track(9, 2.0, None), NO_HINT, tol=0.05, max_products=40, seed=0)
+    ages = [ritz.since]
+    for seed in range(4):
+        ritz, after = follow(spectrum(2.0, 1.0), after, NO_HINT, tol=0.05, max_products=40, seed=seed)
+        ages.append(ritz.since)
+    assert ages == [0, 0, 1, 0, 1]
 
 
 def test_a_vector_that_turns_is_audited_at_once() -> None:
