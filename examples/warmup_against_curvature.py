@@ -5,8 +5,9 @@
 Gilmer et al. 2021, "A loss curvature perspective on training instability in deep learning". rho = eta lambda / 2 says
 how far the rate is beyond what the curvature bears. Started at rho = 8 the loss is thrown up before training finds a
 flat place. Warm-up gives the curvature time to fall: under cross entropy it does, as the examples are learnt, and rho
-stays below 1 all the way. Under the squared error it does not fall far enough, rho passes 1, and the same warm-up to
-the same multiple of the edge ends in divergence. Warm up against curvature, not by a number of steps.
+stays below 1 all the way. Under the squared error it does not fall far enough here, rho passes 1, and the same warm-up
+to the same multiple of the edge ends in divergence (from other initial weights some runs are saved: R11 in
+docs/reproductions.md). Warm up against curvature, not by a number of steps.
 """
 
 import argparse

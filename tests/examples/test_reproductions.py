@@ -84,6 +84,10 @@ def test_r10_warm_up_is_what_makes_the_difference(monkeypatch: pytest.MonkeyPatc
     assert verdicts(warmup.with_and_without([0])) == ["reproduced", "missed"]
 
 
+def test_r11_tanh_trains_beyond_the_bound_but_not_far_beyond() -> None:
+    assert [warmup.trained(0, "tanh", times) for times in (5, 8)] == [1.0, 0.0]
+
+
 def test_the_command_prints_verdicts_and_refuses_unknown_claims(
     command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

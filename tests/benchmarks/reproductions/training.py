@@ -1,7 +1,8 @@
 """The small problems of the reproductions, and a training loop that is watched by a cockpit.
 
-Inputs are standard normal, the teacher is linear, and weights start with the variance of `network`. The sources leave
-that open; with torch's smaller weights R02 and R03 miss. docs/reproductions.md has what was tried.
+Inputs are standard normal, the teacher is linear, and weights start with the variance of `network`; R11 takes what
+`standardised` and `xavier` are for. The sources leave that open; with torch's smaller weights R02 and R03 miss.
+docs/reproductions.md has what was tried.
 
 Shapes: N = examples, C = classes.
 """
@@ -21,21 +22,32 @@ INPUTS, CLASSES = 20, 5
 ACTIVATIONS: Mapping[str, tuple[type[nn.Module], float]] = {"tanh": (nn.Tanh, 1.0), "ReLU": (nn.ReLU, 2.0)}
 
 
-def teacher_data(n: int, noise: float) -> Batch:
-    """Normal inputs, labelled by a random linear teacher; a share `noise` of labels is drawn afresh (1: all random)."""
+def teacher_data(n: int, noise: float, *, standardised: bool = False) -> Batch:
+    """Normal inputs, labelled by a random linear teacher; a share `noise` of labels is drawn afresh (1: all random).
+
+    `standardised` gives each input mean 0 and variance 1 in the sample, before it is labelled.
+    """
     x = torch.randn(n, INPUTS)
+    if standardised:
+        x = (x - x.mean(0)) / x.std(0)
     labels_N = (x @ torch.randn(INPUTS, CLASSES)).argmax(1)
     drawn_N = torch.rand(n) < noise
     return x, torch.where(drawn_N, torch.randint(CLASSES, (n,)), labels_N)
 
 
-def network(activation: str, width: int) -> nn.Module:
-    """20-width-width-5; weights normal with variance 1 / inputs of the layer, 2 / inputs for ReLU; biases zero."""
+def network(activation: str, width: int, *, xavier: bool = False) -> nn.Module:
+    """20-width-width-5; weights normal with variance 1 / inputs of the layer, 2 / inputs for ReLU; biases zero.
+
+    With `xavier` the variance is 2 / (inputs + outputs) for tanh, as usual there; ReLU keeps its own.
+    """
     kind, gain = ACTIVATIONS[activation]
     model = nn.Sequential(nn.Linear(INPUTS, width), kind(), nn.Linear(width, width), kind(), nn.Linear(width, CLASSES))
     for layer in model:
         if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
+            if xavier and activation == "tanh":
+                nn.init.xavier_normal_(layer.weight)
+            else:
+                nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
             nn.init.zeros_(layer.bias)
     return model
 
