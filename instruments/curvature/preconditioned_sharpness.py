@@ -98,7 +98,7 @@ class PreconditionedSharpness(Instrument):
             view.meter.provenance["clipped"] = f"no, the norm is within {self.clip:g}"
             return unclipped.value
         view.meter.provenance["clipped"] = f"rho_clipped: by {kept:.4g}, to {self.clip:g}"
-        start = Track(1, 0.0, unclipped.vector_D, period=2)
+        start = Track(1, (unclipped.value,), unclipped.vector_D[None], period=2)
         ritz, _ = follow(
             view.clipped_preconditioned(kept), start, hint_D, tol=self.tol, max_products=self.max_products,
             seed=view.step,

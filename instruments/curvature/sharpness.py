@@ -17,14 +17,16 @@ from instruments.view import Need, View
 class Sharpness(Instrument):
     """lambda_max of the Hessian of the training loss on the held probe batches, algebraically largest.
 
-    From the last Ritz vector y by products with its residual, until |H y - lambda y|^2 / gap is at most 5 `tol`^2
-    |lambda|: where the next eigenvalue is a fifth lower, `tol` bounds the relative residual. Audited from a fresh
-    start, rarely while audits find nothing, at every reading while they do (`instruments.linalg.tracking`). The value
-    is never above the true one by more than rounding. `bound` is the largest of the residual, of (1 + s/2) `tol`
-    |lambda| at the s-th reading after an audit, and of what recent audits have found missing: the true value is that
-    close, unless another eigenvalue has overtaken it by more. Sharpness of a mini-batch is larger than that of the whole
-    data set: compare only readings on the same number of examples. `edge` is what it would have to reach for rho = 1
-    where that is one number: all coordinates stepping alike, as under SGD.
+    From the last Ritz vector by corrections, until what a residual and the gaps to the eigenvalues below leave of error
+    is at most 2.2 `tol`^2 |lambda|: 1 % by default. The next Ritz pairs are kept too, and looked at where one of them
+    may have become the largest; a fresh start audits both, rarely while it finds nothing, at every reading while it
+    does (`instruments.linalg.tracking`). The value is never above the true one by more than rounding. `bound` is the
+    largest of the residual, of (1 + s/2) `tol` |lambda| at the s-th reading after an audit, and of what recent audits
+    have found missing: the true value is that close, unless an eigenvalue nobody has seen has overtaken it by more.
+
+    Sharpness of a mini-batch is larger than that of the whole data set: compare only readings on the same number of
+    examples. `edge` is what it would have to reach for rho = 1 where that is one number: all coordinates stepping
+    alike, as under SGD.
     """
 
     tol: float = 0.0675

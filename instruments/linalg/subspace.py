@@ -1,16 +1,17 @@
-"""The subspace that products taken so far span, and its largest Ritz pair.
+"""The subspace that products taken so far span, and its Ritz pairs.
 
 With orthonormal rows Q and the products A Q, the matrix T = Q A Q' gives Ritz pairs (theta, y = s Q) and their
 residuals A y - theta y, without a further product (Parlett 1998, "The symmetric eigenvalue problem", chapter 11). The
 vectors need not come from an iteration: products that others have taken of the same matrix are as good.
 
-Shapes: D = size of the operator, k = dimension of the subspace.
+Shapes: D = size of the operator, m = dimension of the subspace, e = vectors beside it.
 """
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,15 +21,22 @@ DEPENDENT = 1e-3  # a vector of which less is new adds nothing but its rounding
 
 
 @dataclass(frozen=True)
-class RitzPair:
-    """The largest Ritz value, its unit vector y, A y - value y and its length; `second` is the next Ritz value, -inf
-    in one dimension. All are NaN where a product was not finite."""
+class RitzPairs:
+    """All of a subspace, largest first: values and the rotation that makes the vectors of its basis.
 
-    value: float
+    `vector_D` is the unit vector of the largest, `residual_D` is A y - theta y of it, `residual` the length of that.
+    All are NaN where a product was not finite.
+    """
+
+    values_m: npt.NDArray[np.float64]
+    rotation_mm: Tensor
     vector_D: Tensor
     residual_D: Tensor
     residual: float
-    second: float
+
+    @property
+    def value(self) -> float:
+        return float(self.values_m[0])
 
 
 class Subspace:
@@ -37,39 +45,60 @@ class Subspace:
     def __init__(self, operator: Operator) -> None:
         self._operator, self.products = operator, 0
         empty = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
-        self._basis_kD = self._image_kD = empty
+        self.basis_mD = self.images_mD = empty
 
     @property
     def dimension(self) -> int:
-        return len(self._basis_kD)
+        return len(self.basis_mD)
 
-    def add(self, v_D: Tensor, image_D: Tensor | None = None) -> bool:
-        """False where v lies in the subspace already. One product of what is new of v, unless A v is given."""
-        inside_k, rest_D = v_D.new_zeros(self.dimension), v_D
+    def add(self, v_D: Tensor, image_D: Tensor | None = None, *, least: float = DEPENDENT) -> bool:
+        """False where the subspace has v already, but for a part of its length below `least`. One product of what is
+        new of v, unless A v is given."""
+        inside_m, rest_D = v_D.new_zeros(self.dimension), v_D
         for _ in range(2):
-            part_k = self._basis_kD @ rest_D
-            rest_D, inside_k = rest_D - part_k @ self._basis_kD, inside_k + part_k
+            part_m = self.basis_mD @ rest_D
+            rest_D, inside_m = rest_D - part_m @ self.basis_mD, inside_m + part_m
         length = rest_D.norm()
-        if not bool(length > DEPENDENT * v_D.norm()):
+        if not bool(length > least * v_D.norm()):
             return False
         q_D = rest_D / length
         if image_D is None:
             self.products += 1
             image_D = self._operator.matvec(q_D)
         else:
-            image_D = (image_D - inside_k @ self._image_kD) / length
-        self._basis_kD = torch.cat([self._basis_kD, q_D[None]])
-        self._image_kD = torch.cat([self._image_kD, image_D[None]])
+            image_D = (image_D - inside_m @ self.images_mD) / length
+        self.basis_mD = torch.cat([self.basis_mD, q_D[None]])
+        self.images_mD = torch.cat([self.images_mD, image_D[None]])
         return True
 
-    def top(self) -> RitzPair:
+    def take(self, other: "Subspace", most: int) -> None:
+        """The largest Ritz pairs of another subspace of the same operator; its products count here."""
+        rotation = other.pairs().rotation_mm[:most]
+        for v_D, image_D in zip(rotation @ other.basis_mD, rotation @ other.images_mD, strict=True):
+            self.add(v_D, image_D)
+        self.products += other.products
+
+    def new_parts(self, v_eD: Tensor, least: float) -> Tensor:
+        """Orthonormal rows: of each vector what is neither in the subspace nor in the ones before, if it is longer than
+        `least`."""
+        known_mD = self.basis_mD
+        for v_D in v_eD:
+            for _ in range(2):
+                v_D = v_D - (known_mD @ v_D) @ known_mD
+            length = v_D.norm()
+            if bool(length > least):
+                known_mD = torch.cat([known_mD, v_D[None] / length])
+        return known_mD[self.dimension :]
+
+    def pairs(self) -> RitzPairs:
         """One synchronisation with the host."""
-        matrix_kk = (self._basis_kD @ self._image_kD.T).double().cpu().numpy()
-        if not np.isfinite(matrix_kk).all():
-            return RitzPair(math.nan, self._basis_kD[-1], self._image_kD[-1], math.nan, math.nan)
-        values_k, s_kk = np.linalg.eigh((matrix_kk + matrix_kk.T) / 2)
-        s_k = torch.as_tensor(s_kk[:, -1].copy(), dtype=self._basis_kD.dtype, device=self._basis_kD.device)
-        value, y_D = float(values_k[-1]), s_k @ self._basis_kD
-        residual_D = s_k @ self._image_kD - value * y_D
-        second = float(values_k[-2]) if len(values_k) > 1 else -math.inf
-        return RitzPair(value, y_D, residual_D, float(residual_D.norm()), second)
+        basis_mD, images_mD = self.basis_mD, self.images_mD
+        matrix_mm = (basis_mD @ images_mD.T).double().cpu().numpy()
+        if not np.isfinite(matrix_mm).all():
+            broken, nothing = np.full(self.dimension, math.nan), basis_mD.new_full((self.dimension,) * 2, math.nan)
+            return RitzPairs(broken, nothing, basis_mD[-1], images_mD[-1], math.nan)
+        values_m, s_mm = np.linalg.eigh((matrix_mm + matrix_mm.T) / 2)
+        rotation_mm = torch.as_tensor(s_mm[:, ::-1].T.copy(), dtype=basis_mD.dtype, device=basis_mD.device)
+        vector_D = rotation_mm[0] @ basis_mD
+        residual_D = rotation_mm[0] @ images_mD - float(values_m[-1]) * vector_D
+        return RitzPairs(values_m[::-1].copy(), rotation_mm, vector_D, residual_D, float(residual_D.norm()))

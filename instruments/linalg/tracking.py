@@ -1,22 +1,21 @@
 """The top eigenvalue of an operator that changes a little from reading to reading.
 
-A reading starts from the last Ritz vector and goes on with its residuals until the error of the Ritz value, about
-residual^2 / gap with the gap to the next eigenvalue, is small (`_settled`): two products in the median instead of six
-to eight. What that can miss is an eigenvalue that has overtaken the tracked one along a direction the start does not
-contain: the residual is small, the answer is an eigenvalue, and it is not the largest. Three measures against it:
+A reading starts from the last Ritz vector and corrects it until the error of the Ritz value is small: two products in
+the median instead of six to eight. What that can miss is an eigenvalue that has overtaken the tracked one: the residual
+is small, the answer is an eigenvalue, and it is not the largest. Three measures against it:
 
+- the three next Ritz pairs are kept, too (`kept_pairs`); one that may be the largest by now costs one more product and
+  is in the answer. At the edge of stability, where eigenvalues crowd, that is what finds most of those that overtake;
 - the start contains the gradient, which is rich in directions of high curvature, and a little of a random vector;
-- a value that fell by more than `DROP` since the last reading is doubted: the iteration goes on for more products or a
-  smaller residual before it is believed;
-- audits: a second iteration from a fresh start, and the larger of the two answers counts (both are lower bounds, so
-  the larger is the better). They come after 1, 2, 4, ... and at most `AUDIT_EVERY` readings, at once where the vector
-  has turned away from the last one, and at the next reading again after one that found more than `FOUND` missing, which
-  also widens the bound of the readings that follow. Calm runs are audited rarely, restless ones nearly always.
+- audits: a second iteration from a fresh start, whose products count together with the others. They come after 1, 2,
+  4, ... and at most `AUDIT_EVERY` readings, at once where the vector has turned away from all that was kept, and at the
+  next reading again after one that found more than `FOUND` missing, which also widens the bound of the readings that
+  follow. Calm runs are audited rarely, restless ones nearly always.
 
 Products that another instrument has taken of the same matrix at this step are used first: under SGD, where rho is the
 sharpness times a number, it then costs none.
 
-Shapes: D = size of the operator.
+Shapes: D = size of the operator, k = kept pairs.
 """
 
 import math
@@ -26,37 +25,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instruments.linalg.lanczos import Ritz, top_eigenvalue
-from instruments.linalg.subspace import RitzPair, Subspace
+from instruments.linalg.kept_pairs import KEPT, KeptPairs, keep
+from instruments.linalg.lanczos import Ritz
+from instruments.linalg.subspace import RitzPairs, Subspace
 from instruments.operators.operator import Operator, random_unit
 
-HINT, RANDOM = 0.2, 0.02  # weights in a warm start, against 1 for the last Ritz vector
+HINT, RANDOM = 0.1, 0.02  # weights in a warm start, against 1 for the last Ritz vector
+RIVAL = 0.15  # weight of the next kept vector in the first correction, against 1
+KNOWN = 0.1  # of its length: a start of which less is new is left out
 FRESH_RANDOM = 0.5  # weight of the random vector in a fresh start, against 1 for the hint
 FRESH_TOL = 0.03
-AUDIT_EVERY, DROP = 8, 0.14
-DOUBTED_PRODUCTS, DOUBTED_TOL = 5, 0.03
-TURNED, FOUND = 0.7, 0.02  # a cosine with the last vector, and a part of the value
-GAP, LEAST_GAP = 0.2, 0.05  # of the value: at which `tol` bounds the residual itself, and the smallest reckoned with
+AUDIT_EVERY = 8
+TURNED, FOUND = 0.7, 0.02  # a cosine with what was kept, and a part of the value
+GAP = 0.45  # of the value: at which `tol` bounds the residual itself
 
 
 @dataclass(frozen=True)
 class Track:
     """What is kept between readings.
 
-    `readings` counts them; `value` and `vector_D` are the last answer; `missed` is by how much audits have found the
-    followed value too low, in parts of it, an older finding counting half at every audit. The next audit is due when
-    `since` the last one there were `period` readings.
+    `readings` counts them; `values` and `vectors_kD` are the kept pairs, the last answer first; `missed` is by how much
+    audits have found the followed value too low, in parts of it, an older finding counting half at every audit. The
+    next audit is due when `since` the last one there were `period` readings.
     """
 
     readings: int = 0
-    value: float = 0.0
-    vector_D: Tensor | None = None
+    values: tuple[float, ...] = ()
+    vectors_kD: Tensor | None = None
     missed: float = 0.0
     period: int = 1
     since: int = 0
 
     def state(self) -> dict[str, Any]:
         return vars(self).copy()
+
+    def kept(self, operator: Operator) -> KeptPairs | None:
+        """None before the first reading, and where the operator has another size by now."""
+        if self.vectors_kD is None or self.vectors_kD.shape[1] != operator.size:
+            return None
+        return KeptPairs(self.values, self.vectors_kD.to(operator.device, operator.dtype))
 
 
 def follow(
@@ -67,78 +74,92 @@ def follow(
     Costs are in `Ritz.products`, audits included. A vector of another size (the model grew, another parameter was
     frozen) starts cold.
     """
-    noise_D, hint_D = random_unit(operator, seed), _unit(hint_D)
-    last_D = track.vector_D
-
-    def afresh() -> Ritz:
-        start_D = hint_D + FRESH_RANDOM * noise_D
-        return top_eigenvalue(operator, start_D, tol=min(tol, FRESH_TOL), max_products=max_products)
-
-    if last_D is None or last_D.shape[0] != operator.size:
-        ritz = afresh()
-        return ritz, _after(ritz, Track())
-    last_D = last_D.to(operator.device, operator.dtype)
-    sign = torch.where(torch.dot(hint_D, last_D) < 0, -1.0, 1.0)
-    start_D = last_D + HINT * sign * hint_D + RANDOM * noise_D
-    ritz = _followed(operator, track, last_D, start_D, tol=tol, max_products=max_products)
-    if math.isnan(ritz.value):
-        return ritz, _after(ritz, track)
-    missed, period, since = track.missed, track.period, track.since + 1
-    if since >= period or _turned(last_D, ritz.vector_D):
-        audit = afresh()
-        better = audit if audit.value > ritz.value else ritz
-        scale = max(abs(better.value), abs(ritz.value))
-        found = (better.value - ritz.value) / scale if scale else 0.0
-        missed = max(found, missed / 2)
-        period, since = 1 if found > FOUND else min(2 * period, AUDIT_EVERY), 0
-        ritz = replace(better, products=ritz.products + audit.products)
-    ritz = replace(ritz, missed=missed, since=since)
-    return ritz, _after(ritz, replace(track, missed=missed, period=period, since=since))
-
-
-def _followed(
-    operator: Operator, track: Track, last_D: Tensor, start_D: Tensor, *, tol: float, max_products: int
-) -> Ritz:
-    """From what others know of the operator and the start; each further product is of the residual.
-
-    What others know is enough without the start where it is the tracked vector: their vectors may span eigenvectors
-    that are not the top one.
-    """
-    space, floor = Subspace(operator), track.value - DROP * abs(track.value)
+    reading = _Reading(operator, hint_D, tol, max_products, seed)
+    kept = track.kept(operator)
+    if kept is None:
+        space = reading.fresh(max_products)
+        return reading.answer(space, space.pairs(), None, Track(readings=track.readings))
+    space = Subspace(operator)
     for pair in operator.known():
         space.add(*pair)
-
-    def done(top: RitzPair) -> bool:
-        if space.dimension < 2 or not _settled(top, tol):
-            return math.isnan(top.value)
-        if not space.products:
-            return top.value >= floor and not _turned(last_D, top.vector_D)
-        believed = space.products >= DOUBTED_PRODUCTS or top.residual <= DOUBTED_TOL * abs(top.value)
-        return top.value >= floor or believed
-
-    top, next_D = space.top() if space.dimension else None, start_D
-    while (top is None or not done(top)) and space.products < max_products and space.add(next_D):
-        top = space.top()
-        next_D = top.residual_D
-    assert top is not None
-    return Ritz(top.value, top.residual, space.products, _settled(top, tol), top.vector_D)
+    top = reading.followed(space, kept)
+    if math.isnan(top.value):
+        return reading.answer(space, top, kept, track)
+    missed, period, since = track.missed, track.period, track.since + 1
+    if since >= period or float((kept.vectors_kD @ top.vector_D).norm()) < TURNED:
+        before = top.value
+        space.take(reading.fresh(max_products), KEPT)
+        top = reading.improved(space, kept)
+        scale = max(abs(top.value), abs(before))
+        found = (top.value - before) / scale if scale else 0.0
+        missed = max(found, missed / 2)
+        period, since = 1 if found > FOUND else min(2 * period, AUDIT_EVERY), 0
+    return reading.answer(space, top, kept, replace(track, missed=missed, period=period, since=since))
 
 
-def _settled(top: RitzPair, tol: float) -> bool:
-    """Whether residual^2 / gap, the error of a Ritz value, is what a residual of `tol` leaves at a gap of `GAP`."""
-    size = abs(top.value)
-    gap = min(max(top.value - top.second, LEAST_GAP * size), size)
-    return top.residual**2 <= tol**2 * size * gap / GAP
+class _Reading:
+    """What all parts of one reading have in common."""
 
+    def __init__(self, operator: Operator, hint_D: Tensor, tol: float, max_products: int, seed: int) -> None:
+        self._operator, self._tol, self._most = operator, tol, max_products
+        self._hint_D, self._noise_D = _unit(hint_D), random_unit(operator, seed)
 
-def _turned(last_D: Tensor, vector_D: Tensor) -> bool:
-    return abs(float(torch.dot(last_D, vector_D))) < TURNED
+    def fresh(self, max_products: int) -> Subspace:
+        """Lanczos from the hint and chance, by what is measured here alone, until the residual is small."""
+        space, next_D = Subspace(self._operator), self._hint_D + FRESH_RANDOM * self._noise_D
+        while space.products < max_products and space.add(next_D):
+            top = space.pairs()
+            next_D = top.residual_D
+            if math.isnan(top.value) or top.residual <= min(self._tol, FRESH_TOL) * abs(top.value):
+                break
+        return space
 
+    def followed(self, space: Subspace, kept: KeptPairs) -> RitzPairs:
+        """From what others know of the operator and the tracked vector to the largest of all that was kept."""
+        last_D = kept.vectors_kD[0]
+        sign = torch.where(torch.dot(self._hint_D, last_D) < 0, -1.0, 1.0)
+        space.add(last_D + HINT * sign * self._hint_D + RANDOM * self._noise_D, least=KNOWN)
+        top = self.improved(space, kept, RIVAL)
+        while not math.isnan(top.value) and space.products < self._most:
+            rival_D = kept.rival(space, top.value)
+            if rival_D is None or not space.add(rival_D):
+                break
+            top = self.improved(space, kept)
+        return top
 
-def _after(ritz: Ritz, track: Track) -> Track:
-    if math.isnan(ritz.value):  # what is known of a broken model is worth nothing
-        return Track(readings=track.readings + 1)
-    return replace(track, readings=track.readings + 1, value=ritz.value, vector_D=ritz.vector_D)
+    def improved(self, space: Subspace, kept: KeptPairs, rival: float = 0.0) -> RitzPairs:
+        """The Ritz pairs, by further products until the largest is good enough.
+
+        `rival` puts that much of the next kept vector into the first of them: its image says what has become of that
+        one.
+        """
+        top = space.pairs()
+        while not self._done(top, kept) and space.products < self._most:
+            if not space.add(kept.correction(top, rival)):
+                break
+            top, rival = space.pairs(), 0.0
+        return top
+
+    def _done(self, top: RitzPairs, kept: KeptPairs) -> bool:
+        return math.isnan(top.value) or (self._settled(top, kept) and len(top.values_m) > 1)
+
+    def _settled(self, top: RitzPairs, kept: KeptPairs | None) -> bool:
+        """Whether the value is as good as a residual of `tol` leaves it at a gap of `GAP`: residual^2 / gap."""
+        if kept is None:
+            return top.residual <= self._tol * abs(top.value)
+        return kept.error(top) <= self._tol**2 / GAP * abs(top.value)
+
+    def answer(self, space: Subspace, top: RitzPairs, kept: KeptPairs | None, track: Track) -> tuple[Ritz, Track]:
+        """Of a broken model nothing is kept."""
+        y_D = top.vector_D
+        if math.isnan(top.value):
+            return Ritz(top.value, top.residual, space.products, False, y_D), Track(readings=track.readings + 1)
+        converged = self._settled(top, kept)
+        ritz = Ritz(top.value, top.residual, space.products, converged, y_D, track.missed, track.since)
+        pairs = keep(space, top, kept)
+        return ritz, replace(
+            track, readings=track.readings + 1, values=tuple(pairs.values), vectors_kD=pairs.vectors_kD
+        )
 
 
 def _unit(v_D: Tensor) -> Tensor:

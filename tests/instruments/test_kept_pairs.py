@@ -1,0 +1,113 @@
+"""What kept Ritz pairs say of an operator that has changed a little, against its dense decomposition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from instruments.linalg.kept_pairs import KEPT, KeptPairs, keep
+from instruments.linalg.subspace import Subspace
+from instruments.operators.operator import DenseOperator
+
+SIZE = 40
+SEEDS = st.integers(0, 10**6)
+
+
+def symmetric(seed: int) -> tuple[DenseOperator, Tensor]:
+    """Eigenvalues 2, 1.6, 1.3, 1 over a bulk; the eigenvectors as rows, the largest first."""
+    g = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=g, dtype=torch.float64))
+    values = torch.cat([torch.tensor([2.0, 1.6, 1.3, 1.0]), torch.linspace(0.4, -0.2, SIZE - 4)]).double()
+    return DenseOperator(q @ torch.diag(values) @ q.T), q.T
+
+
+def beside(rows: Tensor, seed: int, size: float) -> Tensor:
+    """Near the first row, off by a random vector of that length."""
+    g = torch.Generator().manual_seed(seed + 1)
+    off = torch.randn(SIZE, generator=g, dtype=torch.float64)
+    return rows[0] + size * off / off.norm()
+
+
+def exact(rows: Tensor, count: int) -> KeptPairs:
+    return KeptPairs([2.0, 1.6, 1.3, 1.0][:count], rows[:count])
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEEDS, st.floats(1e-4, 0.1))
+def test_the_error_of_a_ritz_value_is_that_of_its_residual_over_the_gaps(seed: int, size: float) -> None:
+    operator, rows = symmetric(seed)
+    space = Subspace(operator)
+    space.add(beside(rows, seed, size))
+    top = space.pairs()
+    claimed, true = exact(rows, 4).error(top), 2.0 - top.value
+    assert 0.9 * true <= claimed <= 2.2 * true  # the bulk is taken to begin at the last one kept
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEEDS)
+def test_one_correction_leaves_the_square_of_the_error(seed: int) -> None:
+    operator, rows = symmetric(seed)
+    start, errors = beside(rows, seed, 0.05), []
+    for count in (4, 1):
+        space = Subspace(operator)
+        space.add(start)
+        before = 2.0 - space.pairs().value
+        space.add(exact(rows, count).correction(space.pairs()))
+        errors.append((2.0 - space.pairs().value) / before)
+    assert errors[0] < 0.1
+    assert errors[0] <= errors[1] + 1e-9  # with the residual alone no more is gained
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEEDS)
+def test_kept_pairs_are_orthonormal_and_begin_with_the_answer(seed: int) -> None:
+    operator, rows = symmetric(seed)
+    space, last = Subspace(operator), exact(rows, 4)
+    for v_D in (beside(rows, seed, 0.1), rows[2] + 0.1 * rows[7]):
+        space.add(v_D)
+    top = space.pairs()
+    kept = keep(space, top, last)
+    assert torch.allclose(kept.vectors_kD @ kept.vectors_kD.T, torch.eye(KEPT).double(), atol=1e-9)
+    assert torch.equal(kept.vectors_kD[0], top.vector_D)
+    assert kept.values[0] == top.value
+    assert list(kept.values[1:]) == pytest.approx([1.6, 1.3, 1.0], abs=0.06)
+
+
+def test_what_was_not_looked_at_keeps_its_old_value() -> None:
+    operator, rows = symmetric(0)
+    space = Subspace(operator)
+    space.add(rows[0])
+    kept = keep(space, space.pairs(), KeptPairs([2.0, 1.9], rows[:2]))
+    assert list(kept.values) == pytest.approx([2.0, 1.9])
+    assert abs(float(kept.vectors_kD[1] @ rows[1])) == pytest.approx(1.0)
+    space.add(rows[1])
+    assert list(keep(space, space.pairs(), KeptPairs([2.0, 1.9], rows[:2])).values) == pytest.approx([2.0, 1.6])
+
+
+@pytest.mark.parametrize(
+    ("last", "inside", "rival"),
+    [
+        (1.77, 0.0, True), (1.75, 0.0, False),  # by its last value, 0.12 of 2 below at most
+        (0.1, 0.3, False), (2.5, 0.3, False),  # by what is seen of it, which is 1.6
+        (2.5, 1.0, False),  # the subspace has it
+    ],
+)  # fmt: skip
+def test_who_is_a_rival(last: float, inside: float, rival: bool) -> None:
+    operator, rows = symmetric(0)
+    space = Subspace(operator)
+    space.add(rows[0])
+    if inside:
+        space.add(inside * rows[1] + (1 - inside**2) ** 0.5 * rows[20])
+    found = KeptPairs([2.0, last], rows[:2]).rival(space, space.pairs().value)
+    assert (found is not None) == rival
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rivals_are_found_below_zero_too(sign: float) -> None:
+    """Of the eigenvalues -2 and -1.9, the second was kept and is the larger."""
+    operator = DenseOperator(torch.diag(torch.tensor([-2.0, -1.9, -5.0, -7.0])).double())
+    space = Subspace(operator)
+    space.add(torch.eye(4).double()[0] * sign)
+    assert KeptPairs([-2.0, -2.2], torch.eye(4).double()[:2]).rival(space, -2.0) is not None
+    assert KeptPairs([-2.0, -2.3], torch.eye(4).double()[:2]).rival(space, -2.0) is None
