@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from instruments.linalg.lanczos import krylov_spaces
@@ -51,7 +50,7 @@ def top_eigenpairs(operator: Operator, start_D: Tensor, *, k: int, tol: float, m
         if not krylov.finite:
             nothing = np.full(k, np.nan)
             return Top(nothing, nothing, krylov.basis_kD[:0], m, False)
-        values_m, vectors_mm = eigh_tridiagonal(np.array(krylov.alphas), np.array(krylov.betas))
+        values_m, vectors_mm = krylov.pairs()
         found = min(k, m)
         values, vectors = values_m[::-1][:found], vectors_mm[:, ::-1][:, :found]
         residuals = krylov.beta * np.abs(vectors[-1])

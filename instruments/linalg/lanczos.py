@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from instruments.operators.operator import Operator
 
+Array = npt.NDArray[np.float64]
 AGED = 0.5  # of the tolerance, for every reading since the last audit: with it one reading in a hundred is further off
 ROOM = 8  # vectors that are made room for at first; doubled when they do not suffice
 
@@ -60,7 +62,7 @@ def top_eigenvalue(operator: Operator, start_D: Tensor, *, tol: float, max_produ
         k = len(krylov.alphas)
         if not krylov.finite:
             return Ritz(float("nan"), float("nan"), k, False, start_D)
-        values_k, s_kk = eigh_tridiagonal(np.array(krylov.alphas), np.array(krylov.betas))
+        values_k, s_kk = krylov.pairs()
         value, residual = float(values_k[-1]), krylov.beta * abs(float(s_kk[-1, -1]))
         converged = krylov.exhausted(float(np.abs(values_k).max())) or residual <= tol * abs(value)
         if converged:
@@ -71,13 +73,19 @@ def top_eigenvalue(operator: Operator, start_D: Tensor, *, tol: float, max_produ
 
 @dataclass(frozen=True)
 class Krylov:
-    """After k products: T has `alphas` on its diagonal and `betas` beside it, `beta` is the length of the next vector,
-    and the rows of `basis_kD` are orthonormal."""
+    """After k products: T has `alphas` on its diagonal and `betas` beside it, the rows of `basis_kD` are orthonormal.
+    `rest_D`, of length `beta`, is what the last product has beside them: A Q' = Q' T + rest e_k'."""
 
     alphas: list[float]
     betas: list[float]
     beta: float
     basis_kD: Tensor
+    rest_D: Tensor
+
+    def pairs(self) -> tuple[Array, Array]:
+        """Ritz values, smallest first, and their vectors in the basis, in columns."""
+        values_k, s_kk = eigh_tridiagonal(np.array(self.alphas), np.array(self.betas))
+        return values_k, s_kk
 
     @property
     def finite(self) -> bool:
@@ -94,13 +102,15 @@ def krylov_spaces(operator: Operator, start_D: Tensor, limit: int) -> Iterator[K
     One product and one synchronisation each. To go on after a space that is exhausted or not finite makes no sense.
     """
     held_mD = torch.empty(min(limit, ROOM), operator.size, dtype=operator.dtype, device=operator.device)
-    q_D = start_D / start_D.norm()
+    w_D, beta_k = start_D / start_D.norm(), 1.0
     alphas: list[float] = []
     betas: list[float] = []
     for k in range(limit):
+        if k:
+            betas.append(beta_k)
         if k == len(held_mD):
             held_mD = torch.cat([held_mD, torch.empty_like(held_mD[: limit - k])])
-        held_mD[k] = q_D
+        held_mD[k] = q_D = w_D / beta_k
         basis_kD = held_mD[: k + 1]
         w_D = operator.matvec(q_D)
         alpha = torch.dot(w_D, q_D)
@@ -108,6 +118,4 @@ def krylov_spaces(operator: Operator, start_D: Tensor, limit: int) -> Iterator[K
             w_D = w_D - basis_kD.T @ (basis_kD @ w_D)
         alpha_k, beta_k = torch.stack([alpha, w_D.norm()]).tolist()
         alphas.append(alpha_k)
-        yield Krylov(alphas, betas, beta_k, basis_kD)
-        betas.append(beta_k)
-        q_D = w_D / beta_k
+        yield Krylov(alphas, betas, beta_k, basis_kD, w_D)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from instruments.linalg.lanczos import Krylov
 from instruments.operators.operator import Operator
 
 DEPENDENT = 1e-3  # a vector of which less is new adds nothing but its rounding
@@ -71,12 +72,17 @@ class Subspace:
         self.images_mD = torch.cat([self.images_mD, image_D[None]])
         return True
 
-    def take(self, other: "Subspace", most: int) -> None:
-        """The largest Ritz pairs of another subspace of the same operator; its products count here."""
-        rotation = other.pairs().rotation_mm[:most]
-        for v_D, image_D in zip(rotation @ other.basis_mD, rotation @ other.images_mD, strict=True):
-            self.add(v_D, image_D)
-        self.products += other.products
+    def take(self, krylov: Krylov, most: int) -> None:
+        """The largest Ritz pairs of a Krylov space of the same operator, with the products that it has cost."""
+        self.products += len(krylov.alphas)
+        if not krylov.finite:
+            self.add(krylov.basis_kD[0], krylov.rest_D)
+            return
+        values_k, s_kk = krylov.pairs()
+        pick_mk = torch.as_tensor(s_kk[:, ::-1][:, :most].T.copy()).to(krylov.basis_kD)
+        for value, pick_k in zip(values_k[::-1][:most].tolist(), pick_mk, strict=True):
+            v_D = pick_k @ krylov.basis_kD
+            self.add(v_D, value * v_D + pick_k[-1] * krylov.rest_D)
 
     def new_parts(self, v_eD: Tensor, least: float) -> Tensor:
         """Orthonormal rows: of each vector what is neither in the subspace nor in the ones before, if it is longer than

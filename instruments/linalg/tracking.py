@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from instruments.linalg.kept_pairs import KEPT, KeptPairs, keep
-from instruments.linalg.lanczos import Ritz
+from instruments.linalg.lanczos import Ritz, krylov_spaces
 from instruments.linalg.subspace import RitzPairs, Subspace
 from instruments.operators.operator import Operator, random_unit
 
@@ -75,11 +75,10 @@ def follow(
     frozen) starts cold.
     """
     reading = _Reading(operator, hint_D, tol, max_products, seed)
-    kept = track.kept(operator)
+    space, kept = Subspace(operator), track.kept(operator)
     if kept is None:
-        space = reading.fresh(max_products)
+        reading.look_afresh(space)
         return reading.answer(space, space.pairs(), None, Track(readings=track.readings))
-    space = Subspace(operator)
     for pair in operator.known():
         space.add(*pair)
     top = reading.followed(space, kept)
@@ -88,7 +87,7 @@ def follow(
     missed, period, since = track.missed, track.period, track.since + 1
     if since >= period or float((kept.vectors_kD @ top.vector_D).norm()) < TURNED:
         before = top.value
-        space.take(reading.fresh(max_products), KEPT)
+        reading.look_afresh(space)
         top = reading.improved(space, kept)
         scale = max(abs(top.value), abs(before))
         found = (top.value - before) / scale if scale else 0.0
@@ -104,15 +103,17 @@ class _Reading:
         self._operator, self._tol, self._most = operator, tol, max_products
         self._hint_D, self._noise_D = _unit(hint_D), random_unit(operator, seed)
 
-    def fresh(self, max_products: int) -> Subspace:
-        """Lanczos from the hint and chance, by what is measured here alone, until the residual is small."""
-        space, next_D = Subspace(self._operator), self._hint_D + FRESH_RANDOM * self._noise_D
-        while space.products < max_products and space.add(next_D):
-            top = space.pairs()
-            next_D = top.residual_D
-            if math.isnan(top.value) or top.residual <= min(self._tol, FRESH_TOL) * abs(top.value):
+    def look_afresh(self, space: Subspace) -> None:
+        """Lanczos from the hint and chance, by itself; what it finds joins the subspace."""
+        start_D, tol = self._hint_D + FRESH_RANDOM * self._noise_D, min(self._tol, FRESH_TOL)
+        for krylov in krylov_spaces(self._operator, start_D, min(self._most, self._operator.size)):
+            if not krylov.finite:
                 break
-        return space
+            values_k, s_kk = krylov.pairs()
+            small = krylov.beta * abs(float(s_kk[-1, -1])) <= tol * abs(float(values_k[-1]))
+            if small or krylov.exhausted(float(abs(values_k).max())):
+                break
+        space.take(krylov, KEPT)
 
     def followed(self, space: Subspace, kept: KeptPairs) -> RitzPairs:
         """From what others know of the operator and the tracked vector to the largest of all that was kept."""
