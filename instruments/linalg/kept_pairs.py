@@ -64,12 +64,12 @@ class KeptPairs:
         """The kept vector that is most likely to be above the value, if the subspace does not have it."""
         inside_km, images_km = (self.vectors_kD @ t.T for t in (space.basis_mD, space.images_mD))
         squares_k = inside_km.square().sum(1)
-        seen_k = (inside_km * images_km).sum(1) / squares_k.clamp_min(1e-30)
+        seen_k2 = torch.stack([squares_k.sqrt(), (inside_km * images_km).sum(1) / squares_k.clamp_min(1e-30)], 1)
         lead_k = [
             -math.inf if length > INSIDE
             else seen - (value - CLOSE * abs(value)) if length > MEASURED
             else last - (value - STALE * abs(value))
-            for length, seen, last in zip(squares_k.sqrt().tolist(), seen_k.tolist(), self.values, strict=True)
+            for (length, seen), last in zip(seen_k2.tolist(), self.values, strict=True)
         ]  # fmt: skip
         best = int(np.argmax(lead_k))
         return self.vectors_kD[best] if lead_k[best] > 0 else None

@@ -192,7 +192,7 @@ def measure(parameters: float, examples: int, readings: int, every: int, seconds
 
 def kind(start: State, kept: State) -> str:
     """Of a reading, by the memory before and after it: an audit sets back the count of readings since the last."""
-    return "cold" if start["vector_D"] is None else "warm" if kept["since"] else "audited"
+    return "cold" if start["vectors_kD"] is None else "warm" if kept["since"] else "audited"
 
 
 def summary(rows: list[Row], bytes_of_parameters: int) -> dict[str, Any]:
