@@ -4,7 +4,7 @@ With orthonormal rows Q and the products A Q, the matrix T = Q A Q' gives Ritz p
 residuals A y - theta y, without a further product (Parlett 1998, "The symmetric eigenvalue problem", chapter 11). The
 vectors need not come from an iteration: products that others have taken of the same matrix are as good.
 
-Shapes: D = size of the operator, m = dimension of the subspace, e = vectors beside it.
+Shapes: D = size of the operator, m = dimension of the subspace, k = vectors beside it.
 """
 
 import math
@@ -19,21 +19,24 @@ from instruments.linalg.lanczos import Krylov
 from instruments.operators.operator import Operator
 
 DEPENDENT = 1e-3  # a vector of which less is new adds nothing but its rounding
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RitzPairs:
-    """All of a subspace, largest first: values and the rotation that makes the vectors of its basis.
+    """All of a subspace, largest first: `values_m`, and the rows of `rotation_mm` that make the vectors of its basis.
 
     `vector_D` is the unit vector of the largest, `residual_D` is A y - theta y of it, `residual` the length of that.
-    All are NaN where a product was not finite.
+    `inside_km` and `images_km` are V Q' and V A Q' for the vectors V beside. All is NaN where a product was not finite.
     """
 
-    values_m: npt.NDArray[np.float64]
-    rotation_mm: Tensor
+    values_m: Array
+    rotation_mm: Array
     vector_D: Tensor
     residual_D: Tensor
     residual: float
+    inside_km: Array
+    images_km: Array
 
     @property
     def value(self) -> float:
@@ -43,10 +46,12 @@ class RitzPairs:
 class Subspace:
     """Grown by one vector at a time. `products` counts those that were taken for it."""
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, beside_kD: Tensor | None = None) -> None:
         self._operator, self.products = operator, 0
         empty = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
-        self.basis_mD = self.images_mD = empty
+        self.basis_mD = self._images_mD = empty
+        self._beside_kD = empty if beside_kD is None else beside_kD
+        self._seen_k2m = self._beside_kD.new_empty(len(self._beside_kD), 2, 0)
 
     @property
     def dimension(self) -> int:
@@ -67,9 +72,11 @@ class Subspace:
             self.products += 1
             image_D = self._operator.matvec(q_D)
         else:
-            image_D = (image_D - inside_m @ self.images_mD) / length
+            image_D = (image_D - inside_m @ self._images_mD) / length
         self.basis_mD = torch.cat([self.basis_mD, q_D[None]])
-        self.images_mD = torch.cat([self.images_mD, image_D[None]])
+        self._images_mD = torch.cat([self._images_mD, image_D[None]])
+        seen_k2 = self._beside_kD @ torch.stack([q_D, image_D], 1)
+        self._seen_k2m = torch.cat([self._seen_k2m, seen_k2[..., None]], 2)
         return True
 
     def take(self, krylov: Krylov, most: int) -> None:
@@ -84,27 +91,17 @@ class Subspace:
             v_D = pick_k @ krylov.basis_kD
             self.add(v_D, value * v_D + pick_k[-1] * krylov.rest_D)
 
-    def new_parts(self, v_eD: Tensor, least: float) -> Tensor:
-        """Orthonormal rows: of each vector what is neither in the subspace nor in the ones before, if it is longer than
-        `least`."""
-        known_mD = self.basis_mD
-        for v_D in v_eD:
-            for _ in range(2):
-                v_D = v_D - (known_mD @ v_D) @ known_mD
-            length = v_D.norm()
-            if bool(length > least):
-                known_mD = torch.cat([known_mD, v_D[None] / length])
-        return known_mD[self.dimension :]
-
     def pairs(self) -> RitzPairs:
-        """One synchronisation with the host."""
-        basis_mD, images_mD = self.basis_mD, self.images_mD
-        matrix_mm = (basis_mD @ images_mD.T).double().cpu().numpy()
+        """Two synchronisations with the host."""
+        basis_mD, images_mD, m = self.basis_mD, self._images_mD, self.dimension
+        known = torch.cat([basis_mD @ images_mD.T, self._seen_k2m.flatten(0, 1)]).double().cpu().numpy()
+        matrix_mm, inside_km, images_km = known[:m], known[m::2], known[m + 1 :: 2]
         if not np.isfinite(matrix_mm).all():
-            broken, nothing = np.full(self.dimension, math.nan), basis_mD.new_full((self.dimension,) * 2, math.nan)
-            return RitzPairs(broken, nothing, basis_mD[-1], images_mD[-1], math.nan)
+            broken = np.full((m, m), math.nan)
+            return RitzPairs(broken[0], broken, basis_mD[-1], images_mD[-1], math.nan, inside_km, images_km)
         values_m, s_mm = np.linalg.eigh((matrix_mm + matrix_mm.T) / 2)
-        rotation_mm = torch.as_tensor(s_mm[:, ::-1].T.copy(), dtype=basis_mD.dtype, device=basis_mD.device)
-        vector_D = rotation_mm[0] @ basis_mD
-        residual_D = rotation_mm[0] @ images_mD - float(values_m[-1]) * vector_D
-        return RitzPairs(values_m[::-1].copy(), rotation_mm, vector_D, residual_D, float(residual_D.norm()))
+        values_m, rotation_mm = values_m[::-1].copy(), s_mm[:, ::-1].T.copy()
+        s_m = torch.as_tensor(rotation_mm[0], dtype=basis_mD.dtype, device=basis_mD.device)
+        y_D = s_m @ basis_mD
+        residual_D = s_m @ images_mD - float(values_m[0]) * y_D
+        return RitzPairs(values_m, rotation_mm, y_D, residual_D, float(residual_D.norm()), inside_km, images_km)

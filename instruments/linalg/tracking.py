@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,7 +76,8 @@ def follow(
     frozen) starts cold.
     """
     reading = _Reading(operator, hint_D, tol, max_products, seed)
-    space, kept = Subspace(operator), track.kept(operator)
+    kept = track.kept(operator)
+    space = Subspace(operator, None if kept is None else kept.vectors_kD)
     if kept is None:
         reading.look_afresh(space)
         return reading.answer(space, space.pairs(), None, Track(readings=track.readings))
@@ -85,7 +87,7 @@ def follow(
     if math.isnan(top.value):
         return reading.answer(space, top, kept, track)
     missed, period, since = track.missed, track.period, track.since + 1
-    if since >= period or float((kept.vectors_kD @ top.vector_D).norm()) < TURNED:
+    if since >= period or _turned(top):
         before = top.value
         reading.look_afresh(space)
         top = reading.improved(space, kept)
@@ -122,7 +124,7 @@ class _Reading:
         space.add(last_D + HINT * sign * self._hint_D + RANDOM * self._noise_D, least=KNOWN)
         top = self.improved(space, kept, RIVAL)
         while not math.isnan(top.value) and space.products < self._most:
-            rival_D = kept.rival(space, top.value)
+            rival_D = kept.rival(top)
             if rival_D is None or not space.add(rival_D):
                 break
             top = self.improved(space, kept)
@@ -161,6 +163,10 @@ class _Reading:
         return ritz, replace(
             track, readings=track.readings + 1, values=tuple(pairs.values), vectors_kD=pairs.vectors_kD
         )
+
+
+def _turned(top: RitzPairs) -> bool:
+    return float(np.linalg.norm(top.inside_km @ top.rotation_mm[0])) < TURNED
 
 
 def _unit(v_D: Tensor) -> Tensor:
