@@ -1,5 +1,6 @@
 """What kept Ritz pairs say of an operator that has changed a little, against its dense decomposition."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ def symmetric(seed: int) -> tuple[DenseOperator, Tensor]:
     """Eigenvalues 2, 1.6, 1.3, 1 over a bulk; the eigenvectors as rows, the largest first."""
     g = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=g, dtype=torch.float64))
-    values = torch.cat([torch.tensor([2.0, 1.6, 1.3, 1.0]), torch.linspace(0.4, -0.2, SIZE - 4)]).double()
+    values = torch.tensor([2.0, 1.6, 1.3, 1.0, *np.linspace(0.4, -0.2, SIZE - 4)], dtype=torch.float64)
     return DenseOperator(q @ torch.diag(values) @ q.T), q.T
 
 
@@ -46,17 +47,37 @@ def test_the_error_of_a_ritz_value_is_that_of_its_residual_over_the_gaps(seed: i
 
 @settings(deadline=None, max_examples=50)
 @given(SEEDS)
-def test_one_correction_leaves_the_square_of_the_error(seed: int) -> None:
+def test_a_correction_with_the_gaps_gains_more_than_the_residual(seed: int) -> None:
+    """What is missing lies along the second eigenvector and along the bulk, whose gaps differ by a factor of five."""
     operator, rows = symmetric(seed)
-    start, errors = beside(rows, seed, 0.05), []
+    start, left = rows[0] + 0.03 * rows[1] + 0.03 * rows[20], []
     for count in (4, 1):
         space = Subspace(operator, rows[:count])
         space.add(start)
         before = 2.0 - space.pairs().value
         space.add(exact(rows, count).correction(space.pairs()))
-        errors.append((2.0 - space.pairs().value) / before)
-    assert errors[0] < 0.1
-    assert errors[0] <= errors[1] + 1e-9  # with the residual alone no more is gained
+        left.append((2.0 - space.pairs().value) / before)
+    assert left[0] < 0.05
+    assert left[1] > 0.1
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEEDS)
+def test_where_the_kept_pairs_are_all_there_is_what_is_kept_next_is_exact(seed: int) -> None:
+    """An operator without a bulk: of any two products and the kept pairs the complement is known."""
+    _, rows = symmetric(seed)
+    operator = DenseOperator(
+        rows[:4].T @ torch.diag(torch.tensor(exact(rows, 4).values, dtype=torch.float64)) @ rows[:4]
+    )
+    g = torch.Generator().manual_seed(seed)
+    space, last = Subspace(operator, rows[:4]), exact(rows, 4)
+    for v_6 in torch.randn(2, 6, generator=g, dtype=torch.float64):
+        space.add(v_6 @ rows[:6])
+    kept = keep(space, space.pairs(), last)
+    v_kD = kept.vectors_kD
+    assert torch.allclose(v_kD @ v_kD.T, torch.eye(len(v_kD)).double(), atol=1e-9)
+    matrix = v_kD @ operator._matrix_DD @ v_kD.T
+    assert torch.allclose(matrix[1:, 1:], torch.diag(torch.tensor(kept.values[1:], dtype=torch.float64)), atol=1e-9)
 
 
 @settings(deadline=None, max_examples=50)
