@@ -58,17 +58,14 @@ def top_eigenvalue(operator: Operator, start_D: Tensor, *, tol: float, max_produ
     Each product costs one synchronisation with the host. A product that is not finite ends the iteration with value
     NaN, not converged. The zero operator has value 0, converged.
     """
-    for krylov in krylov_spaces(operator, start_D, min(max_products, operator.size)):
-        k = len(krylov.alphas)
-        if not krylov.finite:
-            return Ritz(float("nan"), float("nan"), k, False, start_D)
-        values_k, s_kk = krylov.pairs()
-        value, residual = float(values_k[-1]), krylov.beta * abs(float(s_kk[-1, -1]))
-        converged = krylov.exhausted(float(np.abs(values_k).max())) or residual <= tol * abs(value)
-        if converged:
-            break
+    krylov, converged = krylov_until(operator, start_D, tol=tol, max_products=max_products)
+    k = len(krylov.alphas)
+    if not krylov.finite:
+        return Ritz(float("nan"), float("nan"), k, False, start_D)
+    values_k, s_kk = krylov.pairs()
     s_k = torch.as_tensor(s_kk[:, -1].copy(), dtype=operator.dtype, device=operator.device)
-    return Ritz(value, residual, k, converged, s_k @ krylov.basis_kD)
+    residual = krylov.beta * abs(float(s_kk[-1, -1]))
+    return Ritz(float(values_k[-1]), residual, k, converged, s_k @ krylov.basis_kD)
 
 
 @dataclass(frozen=True)
@@ -119,3 +116,16 @@ def krylov_spaces(operator: Operator, start_D: Tensor, limit: int) -> Iterator[K
         alpha_k, beta_k = torch.stack([alpha, w_D.norm()]).tolist()
         alphas.append(alpha_k)
         yield Krylov(alphas, betas, beta_k, basis_kD, w_D)
+
+
+def krylov_until(operator: Operator, start_D: Tensor, *, tol: float, max_products: int) -> tuple[Krylov, bool]:
+    """The first Krylov space whose largest Ritz pair has a residual <= tol * |value|, or that is invariant, and True;
+    else the last one, or one that is not finite, and False."""
+    for krylov in krylov_spaces(operator, start_D, min(max_products, operator.size)):
+        if not krylov.finite:
+            break
+        values_k, s_kk = krylov.pairs()
+        small = krylov.beta * abs(float(s_kk[-1, -1])) <= tol * abs(float(values_k[-1]))
+        if small or krylov.exhausted(float(np.abs(values_k).max())):
+            return krylov, True
+    return krylov, False

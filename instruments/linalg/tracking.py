@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from instruments.linalg.kept_pairs import KEPT, KeptPairs, keep
-from instruments.linalg.lanczos import Ritz, krylov_spaces
+from instruments.linalg.lanczos import Ritz, krylov_until
 from instruments.linalg.subspace import RitzPairs, Subspace
 from instruments.operators.operator import Operator, random_unit
 
@@ -108,13 +108,7 @@ class _Reading:
     def look_afresh(self, space: Subspace) -> None:
         """Lanczos from the hint and chance, by itself; what it finds joins the subspace."""
         start_D, tol = self._hint_D + FRESH_RANDOM * self._noise_D, min(self._tol, FRESH_TOL)
-        for krylov in krylov_spaces(self._operator, start_D, min(self._most, self._operator.size)):
-            if not krylov.finite:
-                break
-            values_k, s_kk = krylov.pairs()
-            small = krylov.beta * abs(float(s_kk[-1, -1])) <= tol * abs(float(values_k[-1]))
-            if small or krylov.exhausted(float(abs(values_k).max())):
-                break
+        krylov, _ = krylov_until(self._operator, start_D, tol=tol, max_products=self._most)
         space.take(krylov, KEPT)
 
     def followed(self, space: Subspace, kept: KeptPairs) -> RitzPairs:
@@ -166,6 +160,7 @@ class _Reading:
 
 
 def _turned(top: RitzPairs) -> bool:
+    """Whether the vector lies beside those that were kept."""
     return float(np.linalg.norm(top.inside_km @ top.rotation_mm[0])) < TURNED
 
 
