@@ -19,7 +19,7 @@ from instruments.linalg.subspace import Array, RitzPairs, Subspace
 
 KEPT = 4
 LEAST_GAP = 0.1  # of the value: the smallest gap that is reckoned with
-MEASURED, CLOSE, STALE = 0.2, 0.07, 0.12
+MEASURED, CLOSE, STALE = 0.2, 0.05, 0.08
 """A kept vector is a rival if it is at most `CLOSE` of the value below it, by that part of it that the subspace has; if
 that is shorter than `MEASURED`, at most `STALE`, by its last Ritz value."""
 INSIDE = 0.9  # of its length: a kept vector that the subspace has

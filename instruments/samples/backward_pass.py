@@ -148,6 +148,8 @@ class BackwardPass:
         """All that is wanted of a parameter that is used once."""
         if direction is None and self._given is not None and "inner_products" in self._problem.wants:
             direction = self._seen(use)
+        if self._problem.kept is not None:
+            made = made.formed()
         found = made.statistics(self._problem.wants, direction)
         self._found[use.index] = use.statistics_to_parameter(found)
         if self._problem.kept is not None:

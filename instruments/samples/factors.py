@@ -39,6 +39,10 @@ class Factor(ABC):
     def along(self, direction: Tensor) -> Tensor:
         """(N,): <g_i, direction> alone, without the gradients."""
 
+    def formed(self) -> "Factor":
+        """For who reads it more than once: as gradients, where each reading forms them and they are hardly larger."""
+        return self
+
     def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor] | None:
         """Two vectors that are equal where the gradients of all examples add up to `whole`, and otherwise differ with
         certainty, but for rounding: both multiplied by the same fixed random unit vector (Freivalds 1977). A few
@@ -180,6 +184,12 @@ class Convolved(Factor):
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
         return in_chunks(self.rows, self.inputs, len(self.inputs), prod(self.shape), wants, direction)
 
+    def formed(self) -> Factor:
+        """All at once if they take no more than twice the memory: <g_i, v> is then a product instead of a convolution
+        (twelve times faster for 32 x 16 x 3 x 3 on 8 x 8)."""
+        small = len(self.inputs) * prod(self.shape) <= 2 * (self.inputs.numel() + self.deltas.numel())
+        return Direct(self.rows(slice(None))) if small else self
+
 
 @dataclass(frozen=True)
 class Together(Factor):
@@ -221,26 +231,26 @@ class Together(Factor):
 def in_chunks(
     rows: Callable[[slice], Tensor], like: Tensor, examples: int, size: int, wants: Wants, direction: Tensor | None
 ) -> Statistics:
-    """The statistics of gradients that are formed, a bounded number of scalars of them at a time."""
+    """The statistics of gradients that are formed, a bounded number of scalars of them at a time; `rows` are new."""
     norms, inner, sums = [], [], []
     squares_d: Tensor | None = None
     gram: list[Tensor] = []
     every_pair = "gram" in wants
-    for some in blocks(examples, size, like, large=every_pair):
+    every = blocks(examples, size, like, large=every_pair)
+    for some in every:
         g_nd = rows(some).reshape(some.stop - some.start, -1)
         sums.append(g_nd.sum(0))
         if direction is not None:
             inner.append(g_nd @ direction.reshape(-1).to(g_nd.dtype))
         if every_pair:
-            every = blocks(examples, size, like, large=True)
             others = (g_nd if other == some else rows(other).flatten(1) for other in every)
             gram.append(torch.cat([g_nd @ other_nd.T for other_nd in others], 1))
         if "second_moment" not in wants:
             norms.append(torch.linalg.vector_norm(g_nd, dim=1).square_())
         else:
-            squares_nd = g_nd.square()
-            norms.append(squares_nd.sum(1))
-            squares_d = squares_nd.sum(0) if squares_d is None else squares_d + squares_nd.sum(0)
+            g_nd.square_()
+            norms.append(g_nd.sum(1))
+            squares_d = g_nd.sum(0) if squares_d is None else squares_d + g_nd.sum(0)
     return Statistics(
         torch.cat(norms),
         squares_d,
