@@ -4,7 +4,8 @@
 
 reading: one probe that reads noise scale, signal-to-noise, gradient tests and coherence together, its own forward and
 backward included, by each engine; the gradient of the batch stands in `.grad`, as at observe(). Unit g: one forward and
-backward of the mean loss on the same batch, measured beside it. memory: peak of that reading, from the profiler's
+backward of the mean loss on the same batch, measured beside it. "by hand" is the least that code for this one network
+needs. memory: peak of that reading, from the profiler's
 allocations, against 1.5 times the peak of a gradient plus two copies of the parameters. economy: a step of SGD observed
 at every step, over a plain one; Cockpit with its configuration "economy" beside it, where it is installed:
 
@@ -31,6 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from by_hand import reading_by_hand
 from models import PROBLEMS, Batch, Moment, Problem, trajectory
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -123,6 +125,8 @@ def reading_cost(problem: Problem, rounds: int) -> dict[str, Any]:
             refused[engine] = str(refusal)
         else:
             calls[engine] = reading
+    if problem.name == "mlp":
+        calls["by hand"] = reading_by_hand(moment)
     found = ratios(calls, "gradient", rounds, warm=True)
     return {"limit": MOST_G[problem.name], "engines": found, "refused": refused}
 
