@@ -18,7 +18,8 @@ An optimizer of your own is made known by one function:
 
     @reads(MyOptimizer)
     def mine(group, state, p, grad):
-        return Scale(group["lr"] * edge_gain(group["beta"]) / (state["v"].sqrt() + group["eps"]))
+        v = average(state.get("v"), grad.square(), group["beta2"])
+        return Scale(group["lr"] * edge_gain(group["beta"]) / (v.sqrt() + group["eps"]), second_moment=v)
 
 A preconditioner that is no diagonal but has one in another basis (Shampoo, SOAP, K-FAC: the eigenvectors of their
 factors) gives that basis too: `Scale(step_size, basis=(Q_rows, Q_columns))`.

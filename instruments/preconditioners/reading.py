@@ -23,6 +23,7 @@ class Preconditioner:
 
     `scale_D` and `decay_D` have shape (D,); `scale_D` is in the coordinates of `basis`, which are those of the
     parameters unless an optimizer says otherwise. A trainable parameter that no optimizer holds has D = 0 and group -1.
+    D is 0 as well for the share `unheard` of all coordinates (a scalar), which no gradient has reached so far.
     """
 
     scale_D: Tensor
@@ -30,6 +31,7 @@ class Preconditioner:
     group_of: tuple[int, ...]
     groups: int
     basis: Basis
+    unheard: Tensor
 
     def times(self, v_D: Tensor) -> Tensor:
         """D v, the step that an alternating gradient v would make."""
@@ -44,7 +46,10 @@ class Preconditioner:
 def read_preconditioner(optimizers: Sequence[Any], layout: Layout, grads: Sequence[Tensor | None]) -> Preconditioner:
     """D and c of the step about to be taken. `grads` are the gradients in the order of the layout, unscaled.
 
-    A parameter without a gradient will not be stepped on: D is 0 there. Raises Refusal where none has one.
+    A parameter without a gradient will not be stepped on: D is 0 there, as it is where the second moment is zero. Such
+    coordinates do not move, and if a gradient reaches them one day p will not be the eps that it is now: units that no
+    batch of training has made fire, but one of the probe does, would read as a curvature of 1/eps. Raises Refusal where
+    no parameter has a gradient.
     """
     if all(g is None for g in grads):
         raise Refusal(
@@ -56,7 +61,7 @@ def read_preconditioner(optimizers: Sequence[Any], layout: Layout, grads: Sequen
     decays: list[Tensor | None] = [None] * len(layout.params)
     rotations: dict[int, Rotation] = {}
     group_of = [-1] * len(layout.params)
-    number = 0
+    number, unheard = 0, torch.zeros((), device=layout.device)
     for optimizer in optimizers:
         reader, states = reader_of(optimizer), getattr(optimizer, "state", {})
         for group in optimizer.param_groups:
@@ -72,20 +77,26 @@ def read_preconditioner(optimizers: Sequence[Any], layout: Layout, grads: Sequen
                     continue
                 scale = reader(group, states.get(p, {}), p, _dense(grad))
                 scales[i], rotation = _placed(scale, p, layout.names[i], layout.dtype)
+                if scale.second_moment is not None:
+                    unheard += (scale.second_moment == 0).sum().to(layout.device)
                 if rotation is not None:
                     rotations[i] = rotation
                 decays[i] = torch.as_tensor(scale.decay, dtype=layout.dtype, device=p.device).expand_as(p)
                 group_of[i] = number
             number += 1
     basis = Basis(tuple(p.numel() for p in layout.params), rotations)
-    return Preconditioner(layout.join(scales), layout.join(decays), tuple(group_of), number, basis)
+    share = unheard / layout.size
+    return Preconditioner(layout.join(scales), layout.join(decays), tuple(group_of), number, basis, share)
 
 
 def _placed(scale: Scale, p: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Rotation | None]:
     """The step sizes in as many scalars as the parameter has, and the basis that they are in."""
     step_size = torch.as_tensor(scale.step_size, dtype=dtype, device=p.device)
+    step_size = step_size.expand_as(p) if scale.basis is None else step_size
+    if scale.second_moment is not None:
+        step_size = step_size.masked_fill(scale.second_moment == 0, 0.0)
     if scale.basis is None:
-        return step_size.expand_as(p), None
+        return step_size, None
     return step_size, Rotation.of(name, step_size, p.numel(), scale.basis)
 
 

@@ -18,11 +18,15 @@ class Scale:
     dimension of `step_size`, None for the identity. `step_size` is then a tensor with as many scalars as the parameter,
     in the shape that the basis works on: that of the parameter, or another if the optimizer merges dimensions. c stays
     in the coordinates of the parameter.
+
+    `second_moment`, in the shape of `step_size`, is what p is the root of, this gradient included, where there is one:
+    where it is zero no gradient has come yet, the coordinate does not move, and p would be nothing but eps.
     """
 
     step_size: Tensor | float
     decay: Tensor | float = 0.0
     basis: Sequence[Tensor | None] | None = None
+    second_moment: Tensor | None = None
 
 
 Settings = Mapping[str, Any]

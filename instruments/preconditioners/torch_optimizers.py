@@ -41,7 +41,7 @@ def adam(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -> 
     if group["amsgrad"] and "max_exp_avg_sq" in state:
         v = torch.maximum(v, state["max_exp_avg_sq"])
     denominator = (1 - beta1**t) * ((v / (1 - beta2**t)).sqrt() + group["eps"])
-    return Scale(lr * edge_gain(beta1) / (denominator * shrink), decay)
+    return Scale(lr * edge_gain(beta1) / (denominator * shrink), decay, second_moment=v)
 
 
 @reads(optim.RMSprop)
@@ -50,9 +50,8 @@ def rmsprop(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) 
     grad, lr, decay, _ = _decayed(group, p, grad)
     alpha = float(group["alpha"])
     v = average(state.get("square_avg"), grad.square(), alpha)
-    if group["centered"]:
-        v = v - average(state.get("grad_avg"), grad, alpha).square()
-    return Scale(lr / ((1 + float(group["momentum"])) * (v.sqrt() + group["eps"])), decay)
+    spread = v - average(state.get("grad_avg"), grad, alpha).square() if group["centered"] else v
+    return Scale(lr / ((1 + float(group["momentum"])) * (spread.sqrt() + group["eps"])), decay, second_moment=v)
 
 
 @reads(optim.NAdam)
@@ -66,7 +65,7 @@ def nadam(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) ->
     product = float(state.get("mu_product", 1.0)) * mu
     gain = (1 - mu) / (1 - product) + mu_next / (1 - product * mu_next) * edge_gain(beta1)
     v = average(state.get("exp_avg_sq"), grad.square(), beta2)
-    return Scale(lr * gain / (((v / (1 - beta2**t)).sqrt() + group["eps"]) * shrink), decay)
+    return Scale(lr * gain / (((v / (1 - beta2**t)).sqrt() + group["eps"]) * shrink), decay, second_moment=v)
 
 
 @reads(optim.RAdam)
@@ -78,12 +77,13 @@ def radam(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) ->
     t = float(state.get("step", 0)) + 1
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * t * beta2**t / (1 - beta2**t)
-    denominator: Tensor | float = 1 - beta1**t
-    if length > 5:
-        top, bottom = (length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length
-        v = average(state.get("exp_avg_sq"), grad.square(), beta2)
-        denominator = denominator * (v.sqrt() + group["eps"]) / math.sqrt((1 - beta2**t) * top / bottom)
-    return Scale(lr * edge_gain(beta1) / (denominator * shrink), decay)
+    gain = lr * edge_gain(beta1) / ((1 - beta1**t) * shrink)
+    if length <= 5:
+        return Scale(gain, decay)
+    top, bottom = (length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length
+    v = average(state.get("exp_avg_sq"), grad.square(), beta2)
+    rectified = math.sqrt((1 - beta2**t) * top / bottom)
+    return Scale(gain * rectified / (v.sqrt() + group["eps"]), decay, second_moment=v)
 
 
 @reads(optim.Adamax)
@@ -95,7 +95,7 @@ def adamax(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) -
     u = grad.abs() + group["eps"]
     if "exp_inf" in state:
         u = torch.maximum(u, beta2 * state["exp_inf"])
-    return Scale(lr * edge_gain(beta1) / ((1 - beta1**t) * u), decay)
+    return Scale(lr * edge_gain(beta1) / ((1 - beta1**t) * u), decay, second_moment=(u - group["eps"]).clamp(min=0))
 
 
 @reads(optim.Adagrad)
@@ -103,7 +103,8 @@ def adagrad(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor) 
     """p = (sqrt(sum g^2) + eps)(1 + (t - 1) lr_decay); F(-1) = 1."""
     grad, lr, decay, _ = _decayed(group, p, grad)
     slowed = 1 + float(state.get("step", 0)) * group["lr_decay"]
-    return Scale(lr / (((state.get("sum", 0) + grad.square()).sqrt() + group["eps"]) * slowed), decay)
+    total = state.get("sum", 0) + grad.square()
+    return Scale(lr / ((total.sqrt() + group["eps"]) * slowed), decay, second_moment=total)
 
 
 @reads(optim.Adadelta)
@@ -112,7 +113,7 @@ def adadelta(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor)
     grad, lr, decay, _ = _decayed(group, p, grad)
     v = average(state.get("square_avg"), grad.square(), float(group["rho"]))
     delta = torch.as_tensor(state.get("acc_delta", 0.0), dtype=p.dtype, device=p.device)
-    return Scale(lr * ((delta + group["eps"]) / (v + group["eps"])).sqrt(), decay)
+    return Scale(lr * ((delta + group["eps"]) / (v + group["eps"])).sqrt(), decay, second_moment=v)
 
 
 @reads(optim.Adafactor)
@@ -133,7 +134,7 @@ def adafactor(group: Settings, state: Mapping[str, Any], p: Tensor, grad: Tensor
     lr = float(group["lr"])
     alpha = p.square().mean().sqrt().clamp(min=group["eps"][1]) * min(lr, t**-0.5)
     clip = ((grad / root).square().mean().sqrt() / group["d"]).clamp(min=1.0)
-    return Scale(alpha / (clip * root * (1 - lr * float(group["weight_decay"]) / 2)))
+    return Scale(alpha / (clip * root * (1 - lr * float(group["weight_decay"]) / 2)), second_moment=v)
 
 
 def _decayed(group: Settings, p: Tensor, grad: Tensor) -> tuple[Tensor, float, float, float]:
