@@ -287,6 +287,12 @@ class View:
         return norms_of_difference(self._probe.layout.params, self._probe.before)
 
     @property
+    def norms_before(self) -> Tensor:
+        """Norm of each parameter tensor as the step found it; only after the optimizer's step."""
+        self._declared("change")
+        return norms_of(self._probe.before)
+
+    @property
     def effect(self) -> StepEffect:
         """What the step did to the loss of its own batch; only after the optimizer's step."""
         self._declared("update")

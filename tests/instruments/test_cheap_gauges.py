@@ -31,28 +31,43 @@ def test_norms_of_weights_and_steps(case: Case) -> None:
     with probe:
         weights = WeightNorm().read(View(probe, WeightNorm.needs))
         ratio = UpdateRatio().read(View(probe, UpdateRatio.needs))
-    sizes = [float(p.detach().norm()) for p in params]
+    sizes, sizes_before = [float(p.detach().norm()) for p in params], [float(p0.norm()) for p0 in before]
     steps = [float((p.detach() - p0).norm()) for p, p0 in zip(params, before, strict=True)]
     assert float(weights["weight_norm"]) == pytest.approx(sum(s**2 for s in sizes) ** 0.5)
     assert weights["per_layer"].tolist() == pytest.approx(sizes)
     assert float(ratio["update_norm"]) == pytest.approx(sum(s**2 for s in steps) ** 0.5)
-    assert float(ratio["update_ratio"]) == pytest.approx(float(ratio["update_norm"] / weights["weight_norm"]))
-    expected = [u / w if w else float("inf") for u, w in zip(steps, sizes, strict=True)]
+    length_before = sum(s**2 for s in sizes_before) ** 0.5
+    assert float(ratio["update_ratio"]) == pytest.approx(float(ratio["update_norm"]) / length_before)
+    expected = [u / w if w else float("inf") for u, w in zip(steps, sizes_before, strict=True)]
     assert ratio["per_layer"].tolist() == pytest.approx(expected)
 
 
-def test_tensors_of_zeros() -> None:
+def test_tensors_that_were_zero() -> None:
     model = nn.Linear(2, 2)
     nn.init.zeros_(model.bias)
     nn.init.zeros_(model.weight)
     probe = Probe(model, as_objective(nn.MSELoss()), [], [(torch.ones(1, 2), torch.ones(1, 2))])
     probe.remember()
     with torch.no_grad():
-        probe._before[1].add_(1)  # type: ignore[index]  # the bias has moved to zero
+        model.bias.add_(1)
     with probe:
         per_layer = UpdateRatio().read(View(probe, UpdateRatio.needs))["per_layer"]
     assert torch.isnan(per_layer[0])
     assert torch.isinf(per_layer[1])
+
+
+def test_a_step_that_throws_the_weights_away_is_as_long_as_it_is() -> None:
+    """Over the length of the new weights it would be 1 however long."""
+    model, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e6)
+    before = model.weight.detach().clone()
+    model(x).sum().backward()
+    probe = Probe(model, as_objective(nn.MSELoss()), [optimizer], [(x, x)])
+    probe.remember()
+    optimizer.step()
+    with probe:
+        ratio = UpdateRatio().read(View(probe, UpdateRatio.needs))["update_ratio"]
+    assert float(ratio) == pytest.approx(2e6 / float(before.norm()), rel=1e-5)
 
 
 def test_the_update_needs_the_parameters_before() -> None:
