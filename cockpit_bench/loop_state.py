@@ -23,8 +23,8 @@ class LoopState:
     observed: bool = False
     stepping: bool = False
     skipping: bool = False
-    compared: bool = False
-    matched: bool = False  # the gradient of the loss that was given is the one that is trained
+    compared: int = 0  # how often the gradient of the loss that was given was compared with `.grad`
+    matched: bool = False  # the last time they were equal
     gradient_factor: float = 1.0
     version: int = 0
     layers: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class LoopState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; an older checkpoint does not say whether the gradients matched."""
         self.step = self.begun_at = int(state["step"])
-        self.compared, self.matched = bool(state["compared"]), bool(state.get("matched"))
+        self.compared, self.matched = int(state["compared"]), bool(state.get("matched"))
         self.gradient_factor = float(state["gradient_factor"])
 
     def _reset(self) -> None:

@@ -24,6 +24,8 @@ from instruments.refusal import Refusal
 from instruments.running import settle_heap
 from instruments.samples.watched import PassWatch, Watched
 
+COMPARISONS = 2  # of the gradient that is trained with that of the loss that was given, while they are equal
+
 
 class Observer:
     """Reads what is due before the step and, when its hook fires, what needs the parameters after it.
@@ -115,8 +117,7 @@ class Observer:
         with probe:
             if self._per_layer:
                 self._name_layers(probe)
-            if needs & RUNS_MODEL and not loop.compared:
-                loop.compared = True
+            if needs & RUNS_MODEL and loop.compared < (COMPARISONS if loop.matched else 1):
                 self._compare(probe)
                 probe.gradient_factor = loop.gradient_factor
             for station in stations:
@@ -223,13 +224,16 @@ class Observer:
             self.event("layers", names=list(names), sizes=[p.numel() for p in probe.layout.params])
 
     def _compare(self, probe: Probe) -> None:
-        """Once a run: is the loss that the cockpit was given the loss that is trained?"""
+        """Is the loss that the cockpit was given the loss that is trained? Asked again of one that is: gradients that
+        are never zeroed are right at the first step."""
+        loop, again = self.loop, self.loop.compared > 0
+        loop.compared += 1
         try:
-            match = compare_gradient(probe, self._accumulate)
+            match = compare_gradient(probe, self._accumulate, was_equal=again)
         except Exception as error:  # the user's loss function may raise anything
             self.event("gradient_unchecked", reason=f"{type(error).__name__}: {error}")
             return
-        self.loop.gradient_factor, self.loop.matched = match.factor, match.verdict == "equal"
+        loop.gradient_factor, loop.matched = match.factor, match.verdict == "equal"
         if match.verdict == "equal":
             return
         name = "gradient_mismatch" if match.verdict == "unexplained" else "gradient_note"

@@ -31,8 +31,9 @@ class GradientMatch:
     factor: float = 1.0
 
 
-def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
-    """Costs one gradient on the step's batch.
+def compare_gradient(probe: "Probe", accumulate: int, *, was_equal: bool = False) -> GradientMatch:
+    """Costs one gradient on the step's batch. `was_equal` says that they were at an earlier step: a longer or another
+    `.grad` by now is one that was not zeroed in between.
 
     Different: random masks (cannot be compared), a constant factor (accumulation, loss scale, clipping before observe,
     a summed loss), clipping by value, micro-batches of unequal size that count alike, an average over processes. A
@@ -53,8 +54,11 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     angle = math.sqrt(max(0.0, 2 - 2 * cosine))
     if cosine > SAME_DIRECTION and abs(ratio - 1) < EQUAL + angle:
         return GradientMatch("equal", cosine, ratio, "")
+    longer = cosine > SAME_DIRECTION and ratio > 1
     if random:
         reason = "the forward draws random numbers (dropout): other masks"
+    elif was_equal and longer:
+        reason = ""
     elif cosine > SAME_DIRECTION:
         reason = _stretched(ratio, accumulate)
     else:
@@ -62,13 +66,22 @@ def compare_gradient(probe: "Probe", accumulate: int) -> GradientMatch:
     if reason:
         added = not random and cosine > SAME_DIRECTION and _added(ratio, accumulate)
         return GradientMatch("explained", cosine, ratio, reason, float(accumulate) if added else 1.0)
-    return GradientMatch(
-        "unexplained", cosine, ratio,
-        f"the gradient of the loss given to the cockpit points elsewhere than .grad (cosine {cosine:.3f}): the loss "
-        "given is not the loss trained, the batch passed to observe() is not the one that backward() saw, or observe() "
-        "was called after the optimizer's step. "
-        "Every reading of curvature, noise and step describes the loss that was given.",
-    )  # fmt: skip
+    return GradientMatch("unexplained", cosine, ratio, _unexplained(cosine, ratio, was_equal))
+
+
+def _unexplained(cosine: float, ratio: float, was_equal: bool) -> str:
+    found = f"the gradient of the loss given to the cockpit is not .grad (cosine {cosine:.3f}, .grad {ratio:.3g} times "
+    others = (
+        "the loss given is not the loss trained, the batch passed to observe() is not the one that backward() saw, or "
+        "observe() was called after the optimizer's step. "
+        "Every reading of curvature, noise and step describes the loss that was given."
+    )
+    if was_equal:
+        return (
+            f"{found}as long), and it was at an earlier step: gradients of steps before are left in .grad, if "
+            f"optimizer.zero_grad() is not called once a step. Or {others}"
+        )
+    return f"{found}as long): {others}"
 
 
 def _added(ratio: float, accumulate: int) -> bool:

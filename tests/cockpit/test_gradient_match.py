@@ -1,4 +1,4 @@
-"""Once a run: is the loss that the cockpit was given the loss that is trained?"""
+"""At the first reading, and once more: is the loss that the cockpit was given the loss that is trained?"""
 
 import json
 import re
@@ -120,6 +120,34 @@ def test_a_difference_that_is_explained(backward: Any, case: Case, word: str) ->
     assert list(said) == ["gradient_note"]
     (event,) = said["gradient_note"]
     assert re.search(word, event.detail["reason"])
+
+
+@pytest.mark.parametrize(("others", "lr"), [(True, 0.1), (False, 1e-4)], ids=["other batches", "the same batch"])
+def test_gradients_that_are_never_zeroed(others: bool, lr: float) -> None:
+    """At the first step nothing is wrong yet."""
+    training = Training(Case("plain", mlp, lambda model: [torch.optim.SGD(model.parameters(), lr=lr)]))
+    cockpit = watch(training)
+    for step in range(4):
+        batch = rows(step if others else 0)
+        mean_loss(training.model, batch).backward()
+        cockpit.observe(batch)
+        training.optimizers[0].step()
+    cockpit.close()
+    (event,) = events(cockpit, "gradient_mismatch")
+    assert event.step == 1
+    assert "zero_grad() is not called once a step" in event.detail["reason"]
+    assert (event.detail["cosine"] > 0.999) != others
+    assert not events(cockpit, "gradient_note")
+
+
+def test_what_is_clipped_only_later_is_noted() -> None:
+    limits = iter([1e9, 1e-2, 1e-2])
+
+    def backward(training: Training) -> Any:
+        return clipped(nn.utils.clip_grad_norm_, next(limits))(training)
+
+    _, said = observed(backward, steps=3)
+    assert [(name, event.step) for name in said for event in said[name]] == [("gradient_note", 1)]
 
 
 def test_autocast_is_not_taken_for_a_factor() -> None:
