@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, optim
 
 from cockpit_bench.clip_watch import GradientMark
 from instruments.objective import Batch
@@ -21,7 +21,9 @@ class LoopState:
     last: list[Batch] = field(default_factory=list)
     loss: Tensor | float | None = None
     observed: bool = False
-    stepping: bool = False
+    stepping: optim.Optimizer | None = None  # whose step has begun and not ended
+    hooked: bool = False  # the hooks of an optimizer have told of a step
+    replaced: bool = False  # and then of no more, while the parameters moved on
     skipping: bool = False
     compared: int = 0  # how often the gradient of the loss that was given was compared with `.grad`
     matched: bool = False  # the last time they were equal

@@ -9,11 +9,11 @@ from torch import Tensor, optim
 from cockpit_bench.clip_watch import GradientMark
 from cockpit_bench.clock import Bucket, Clock
 from cockpit_bench.loop_state import LoopState
-from cockpit_bench.probes import Probes
+from cockpit_bench.probes import REPLACED, Probes
 from cockpit_bench.readout import Readout, Station
 from cockpit_bench.recorder import Recorder
 from cockpit_bench.runlog import Event
-from cockpit_bench.step_watch import StepWatch
+from cockpit_bench.step_watch import StepWatch, running_steps
 from instruments.gradient_match import compare_gradient
 from instruments.held import is_empty
 from instruments.loss_scale import skipped_inside
@@ -61,7 +61,9 @@ class Observer:
     def observe(self, batch: Batch, loss: Tensor | float | None) -> None:
         """One micro-batch, after its backward."""
         loop = self.loop
-        if loop.observed and loop.stepping:
+        if loop.stepping is not None and not running_steps(loop.stepping):
+            self._aborted_step()
+        if loop.observed and loop.stepping is not None:
             return  # a closure evaluated again within one step: the first evaluation counted
         if loop.observed:
             self._previous_step_over()
@@ -133,7 +135,10 @@ class Observer:
 
     def step_begins(self, optimizer: optim.Optimizer) -> None:
         """Hook: an optimizer's step starts."""
-        self.loop.stepping = True
+        before = self.loop.stepping
+        if before is optimizer or (before is not None and not running_steps(before)):
+            self._aborted_step()
+        self.loop.stepping = optimizer
         if self.loop.mark is not None:
             with self._clock.bucket("observe"):
                 self._look_for_clip()
@@ -143,11 +148,9 @@ class Observer:
 
     def step_ends(self, optimizer: optim.Optimizer) -> None:
         """Hook: an optimizer's step is done; the last of them closes the step."""
-        if self._update is not None:
-            self._update.__exit__(None, None, None)
-            self._update = None
+        self._end_update()
         loop = self.loop
-        loop.stepping = False
+        loop.stepping, loop.hooked, loop.replaced = None, True, False
         if skipped_inside(optimizer):
             self._skipped_step()
             return
@@ -163,6 +166,18 @@ class Observer:
                 self._watch_next_pass()
             except Exception as error:
                 self.trouble(error)
+
+    def _end_update(self) -> None:
+        if self._update is not None:
+            self._update.__exit__(None, None, None)
+            self._update = None
+
+    def _aborted_step(self) -> None:
+        """The step that began last has raised: it is not taken, and what was read before it has no other end."""
+        self._end_update()
+        self.loop.stepping = None
+        if self.loop.observed:
+            self._skipped_step()
 
     def close_step(self) -> None:
         """Read what needs the parameters after the step, and count it."""
@@ -183,7 +198,7 @@ class Observer:
 
     def settle(self) -> None:
         """An optimizer without hooks has stepped by now: the user evaluates or ends the run."""
-        if self.loop.observed and not self._watch.hooked:
+        if self.loop.observed and (self.loop.replaced or not self._watch.hooked):
             self.close_step()
 
     def close(self) -> None:
@@ -204,9 +219,16 @@ class Observer:
 
     def _previous_step_over(self) -> None:
         """The step observed last was not closed by a hook: there are none, or not every optimizer took it."""
-        if self._watch.hooked and not self.loop.stepped and self._version() != self.loop.version:
-            self._watch.close()  # the parameters moved past the hooks: from here on steps are noticed at observe
-        if not self._watch.hooked or self.loop.stepped:
+        loop = self.loop
+        past = self._watch.hooked and not loop.stepped and self._version() != loop.version
+        if past and not loop.hooked:
+            self._watch.close()  # the optimizer steps past its hooks: from here on its steps are noticed at observe
+        elif past and not loop.replaced:
+            self.event("optimizer_replaced", reason=REPLACED)
+            loop.replaced = True
+            if loop.pending is not None:
+                loop.pending[0].stale = REPLACED
+        if past or loop.stepped or not self._watch.hooked:
             self.close_step()
         else:
             self._skipped_step()

@@ -16,6 +16,12 @@ from instruments.probe_settings import ProbeSettings
 from instruments.running import unwrapped
 from instruments.samples.watched import Watched
 
+REPLACED = (
+    "the parameters move, but the optimizer that the cockpit was given has stopped stepping: another one has taken its "
+    "place, and what this one holds is of the past. Give the new one to a new Cockpit (logdir of its own, or "
+    "resume=True and load_state_dict); steps are counted at observe() meanwhile, and what reads no optimizer goes on."
+)
+
 
 class Probes:
     """What is trained, and how it is to be read, for as long as the run lasts; where the loop stands is passed.
@@ -64,7 +70,7 @@ class Probes:
         Not guarded from the start are only instruments of this library.
         """
         held = self.held if held is None else held
-        return Probe(
+        probe = Probe(
             self._model,
             self._objective,
             self.optimizers,
@@ -80,6 +86,8 @@ class Probes:
             plans=self._plans,
             watched=watched,
         )
+        probe.stale = REPLACED if loop.replaced else ""
+        return probe
 
     def on_demand(self, loop: LoopState, batch: Batch | None) -> Probe | None:
         """The probe of a reading on demand: of this batch or of the last one observed; None when there is neither."""

@@ -3,11 +3,15 @@
 The hooks sit on the optimizers (which do not pickle or copy them), refer weakly to the cockpit, and go with it.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 from torch import optim
+
+STEP = optim.Optimizer.profile_hook_step(lambda *args: None).__code__  # what torch wraps round every class's step
 
 
 class StepListener(Protocol):
@@ -43,10 +47,22 @@ def _weak(method: Callable[[optim.Optimizer], None]) -> Callable[..., None]:
 
     def hook(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
         alive = reference()
-        if alive is not None:
+        if alive is not None and running_steps(optimizer) <= 1:
             alive(optimizer)
 
     return hook
+
+
+def running_steps(optimizer: optim.Optimizer) -> int:
+    """How many calls of its step are running at this moment: none where one has raised, two where a class calls the
+    step of its parent, which torch has given the same hooks."""
+    count = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is STEP and frame.f_locals.get("self") is optimizer:
+            count += 1
+        frame = frame.f_back
+    return count
 
 
 def as_optimizers(given: Any) -> tuple[Any, ...]:

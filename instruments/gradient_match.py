@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from instruments.probe import Probe
 
 EQUAL, SAME_DIRECTION = 1e-3, 0.999
+UNDER_MASKS = 0.15  # of a factor, where two gradients have other random masks
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,20 @@ def compare_gradient(probe: "Probe", accumulate: int, *, was_equal: bool = False
     if cosine > SAME_DIRECTION and abs(ratio - 1) < EQUAL + angle:
         return GradientMatch("equal", cosine, ratio, "")
     longer = cosine > SAME_DIRECTION and ratio > 1
+    factor = 1.0
     if random:
         reason = "the forward draws random numbers (dropout): other masks"
+        if cosine > 0.5 and _added(ratio, accumulate, UNDER_MASKS):
+            reason, factor = f"{_sum_of(accumulate, ratio)} (compared under other random masks)", float(accumulate)
     elif was_equal and longer:
         reason = ""
     elif cosine > SAME_DIRECTION:
         reason = _stretched(ratio, accumulate)
+        factor = float(accumulate) if _added(ratio, accumulate) else 1.0
     else:
-        reason = _turned(probe, stored_D, recomputed_D, accumulate)
+        reason, factor = _turned(probe, stored_D, recomputed_D, accumulate)
     if reason:
-        added = not random and cosine > SAME_DIRECTION and _added(ratio, accumulate)
-        return GradientMatch("explained", cosine, ratio, reason, float(accumulate) if added else 1.0)
+        return GradientMatch("explained", cosine, ratio, reason, factor)
     return GradientMatch("unexplained", cosine, ratio, _unexplained(cosine, ratio, was_equal))
 
 
@@ -84,35 +88,41 @@ def _unexplained(cosine: float, ratio: float, was_equal: bool) -> str:
     return f"{found}as long): {others}"
 
 
-def _added(ratio: float, accumulate: int) -> bool:
-    return accumulate > 1 and abs(ratio / accumulate - 1) < 1e-2
+def _added(ratio: float, accumulate: int, within: float = 1e-2) -> bool:
+    return accumulate > 1 and abs(ratio / accumulate - 1) < within
+
+
+def _sum_of(accumulate: int, ratio: float) -> str:
+    return f"the {accumulate} accumulated losses were added, not averaged: .grad is {ratio:.4g} times their mean"
 
 
 def _stretched(ratio: float, accumulate: int) -> str:
     """Why .grad is longer or shorter."""
     if _added(ratio, accumulate):
-        return f"the {accumulate} accumulated losses were added, not averaged: .grad is {ratio:.4g} times their mean"
+        return _sum_of(accumulate, ratio)
     if ratio > 1:
         return f".grad is {ratio:.4g} times the gradient of the loss: a loss scale (pass scaler=...) or a summed loss"
     return f".grad is {ratio:.4g} times the gradient of the loss: clipped before observe(), or the loss was divided"
 
 
-def _turned(probe: "Probe", stored_D: Tensor, recomputed_D: Tensor, accumulate: int) -> str:
-    """Why .grad points elsewhere; empty when nothing explains it."""
+def _turned(probe: "Probe", stored_D: Tensor, recomputed_D: Tensor, accumulate: int) -> tuple[str, float]:
+    """Why .grad points elsewhere, empty when nothing explains it, and the factor of losses that were added."""
     if _clipped_by_value(stored_D, recomputed_D):
-        return "the elements of .grad were clipped before observe()"
-    if accumulate > 1 and _parallel(stored_D, probe.loss_and_gradient(weighted=False)[1]):
-        return "the micro-batches count alike in .grad, and by their size in the loss of the step"
+        return "the elements of .grad were clipped before observe()", 1.0
+    if accumulate > 1:
+        alike_D = probe.loss_and_gradient(weighted=False)[1]
+        if torch.dot(stored_D, alike_D) > SAME_DIRECTION * stored_D.norm() * alike_D.norm():
+            ratio = float(stored_D.norm() / alike_D.norm())
+            reason = "micro-batches count alike in .grad, and by their size in the loss of the step"
+            if _added(ratio, accumulate):
+                return f"{_sum_of(accumulate, ratio)}; {reason}", float(accumulate)
+            return f"the {reason}", 1.0
     if (count := processes()) > 1:
-        return f".grad may be averaged over {count} processes, of which each sees its own batch"
-    return ""
+        return f".grad may be averaged over {count} processes, of which each sees its own batch", 1.0
+    return "", 1.0
 
 
 def _clipped_by_value(stored_D: Tensor, recomputed_D: Tensor) -> bool:
     limit = stored_D.abs().max()
     clipped_D = recomputed_D.clamp(-limit, limit)
     return bool(recomputed_D.abs().max() > limit) and bool((stored_D - clipped_D).norm() < 1e-2 * clipped_D.norm())
-
-
-def _parallel(one_D: Tensor, other_D: Tensor) -> bool:
-    return bool(torch.dot(one_D, other_D) > SAME_DIRECTION * one_D.norm() * other_D.norm())

@@ -61,14 +61,15 @@ class Probe(AbstractContextManager["Probe"]):
         watched: Watched | None = None,
     ) -> None:
         self.module = unwrapped(model)
-        self.objective, self.optimizers, self.batches = objective, tuple(optimizers), tuple(batches)
+        self.objective, self._optimizers, self.batches = objective, tuple(optimizers), tuple(batches)
+        self.stale = ""  # why the optimizers are not those that train, if they are not
         self.step, self.held = step, held if held is not None else HeldBatches(batches)
         self.settings = settings or ProbeSettings()
         self.loss_scale, self.gradient_factor = loss_scale, gradient_factor
         self._loss = loss
         self.loss_given = loss is not None
         self.plans = {} if plans is None else plans
-        self.layout = remembered_layout(self.plans, self.module, self.settings.patterns, self.optimizers)
+        self.layout = remembered_layout(self.plans, self.module, self.settings.patterns, self._optimizers)
         self.grads: tuple[Tensor | None, ...] = tuple(p.grad for p in self.layout.params)
         self._before: list[Tensor] | None = None
         self.curvatures, self.diagonals = Curvatures(self), Diagonals(self)
@@ -222,6 +223,13 @@ class Probe(AbstractContextManager["Probe"]):
             with self.running(held=False, differentiable=False, forward=False):
                 grads = torch.autograd.grad(loss, self.layout.params, allow_unused=True)
         return loss.detach(), self.layout.join(grads), random
+
+    @property
+    def optimizers(self) -> tuple[optim.Optimizer, ...]:
+        """Those that step on the parameters; a Refusal where others do by now."""
+        if self.stale:
+            raise Refusal(self.stale)
+        return self._optimizers
 
     @cached_property
     def unscaled_grads(self) -> tuple[Tensor | None, ...]:

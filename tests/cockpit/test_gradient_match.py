@@ -111,15 +111,44 @@ def test_another_loss_or_batch_is_a_mismatch(backward: Any) -> None:
         (trained_on(lambda model, batch: 12 * mean_loss(model, batch)), PLAIN, "12 times.*summed loss"),
         (trained_on(mean_loss), Case("dropout", lambda: mlp(nn.Dropout(0.5))), "dropout"),
         (micro_batches(divide=False, sizes=(6, 6)), Case("", mlp, accumulate=2), "2 accumulated losses were added"),
-        (micro_batches(divide=True, sizes=(12, 2)), Case("", mlp, accumulate=2), "micro-batches count alike"),
+        (micro_batches(divide=True, sizes=(12, 2)), Case("", mlp, accumulate=2), "^the micro-batches count alike"),
+        (
+            micro_batches(divide=False, sizes=(12, 2)),
+            Case("", mlp, accumulate=2),
+            "were added.*micro-batches count alike",
+        ),
     ],
-    ids=["norm clip", "value clip", "scale", "sum", "dropout", "accumulated sum", "unequal micro-batches"],
+    ids=[
+        "norm clip",
+        "value clip",
+        "scale",
+        "sum",
+        "dropout",
+        "accumulated sum",
+        "unequal micro-batches",
+        "accumulated sum of unequal micro-batches",
+    ],
 )
 def test_a_difference_that_is_explained(backward: Any, case: Case, word: str) -> None:
     _, said = observed(backward, case=case)
     assert list(said) == ["gradient_note"]
     (event,) = said["gradient_note"]
     assert re.search(word, event.detail["reason"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "model"),
+    [((12, 2), mlp), ((12, 12), lambda: mlp(nn.Dropout(0.05)))],
+    ids=["unequal micro-batches", "dropout"],
+)
+@pytest.mark.parametrize("divide", [False, True])
+def test_losses_that_are_added_have_a_lower_edge(
+    sizes: tuple[int, ...], model: Callable[[], nn.Module], divide: bool
+) -> None:
+    backward = micro_batches(divide=divide, sizes=sizes)
+    cockpit, _ = observed(backward, case=Case("", model, accumulate=2))
+    edge = (2 + 2 * 0.9) / 0.1  # of heavy ball
+    assert values(cockpit, "curvature/sharpness", "edge") == pytest.approx([edge if divide else edge / 2])
 
 
 @pytest.mark.parametrize(("others", "lr"), [(True, 0.1), (False, 1e-4)], ids=["other batches", "the same batch"])
