@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
+from cockpit_bench.arguments import refuse_misuse
 from cockpit_bench.cadence import Budget
 from cockpit_bench.clock import Clock
 from cockpit_bench.ending import AtExit, Ending, status_of
@@ -85,6 +86,7 @@ class Cockpit:
         if not self.enabled:
             self.clock = Clock()
             return
+        refuse_misuse(model, target, steps, sinks)
         refuse_fractions(accumulate)
         objective, optimizers = as_objective(loss), as_optimizers(optimizer)
         settings = settings or ProbeSettings()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, optim
@@ -282,10 +283,13 @@ class Observer:
             self._first = first = next((p for p in self.probes.module.parameters() if p.requires_grad), None)
         return 0 if first is None else first._version
 
-    def _one_number(self, loss: Tensor | float | None) -> Tensor | float | None:
+    def _one_number(self, loss: Any) -> Tensor | float | None:
         """The loss, or None with an event when it is not one number."""
-        if loss is None or not isinstance(loss, Tensor) or loss.numel() == 1:
+        if loss is None or (isinstance(loss, Tensor) and loss.numel() == 1):
             return loss
-        message = f"expected the loss as one number, got shape {tuple(loss.shape)}; it is recomputed instead"
+        if isinstance(loss, Real):
+            return float(loss)
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        message = f"expected the loss as one number, got {found}; it is recomputed instead"
         self.trouble(ValueError(message))
         return None

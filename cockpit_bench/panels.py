@@ -136,6 +136,11 @@ def _slot(label: str, value: Any, steps: int | None) -> Slot:
         if len(value) != 2:
             raise ValueError(f"expected (instrument, cadence) for '{label}', got {value!r}.")
         source, value = value
+    if isinstance(value, Instrument):
+        raise ValueError(
+            f"expected a cadence for '{label}', got the instrument {value!r} alone; for a reading at every tenth step "
+            f"write ({type(value).__name__}(...), 10)."
+        )
     instrument = catalogue.make(source) if isinstance(source, str) else source
     if not isinstance(instrument, Instrument):
         raise ValueError(

@@ -34,7 +34,9 @@ def main() -> None:
                 trial = Trial(arguments.workload, algorithm, seed=seed, steps=steps)
                 result = run(trial, root, sinks=[])
                 folders.append(result.folder)
-                print(f"{algorithm:10} seed {seed}  {result.outcome.status:5} in {result.outcome.seconds:.2f} s")
+                end = result.outcome
+                hit = f"hit at {end.hit_seconds:.2f} s" if end.hit_seconds is not None else "no hit"
+                print(f"{algorithm:10} seed {seed}  {hit}, {end.seconds:.2f} s of training in all")
         runs = [read_run(folder) for folder in folders]
         groups, ratios = compare(runs)
         for group in groups:

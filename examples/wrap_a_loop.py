@@ -31,7 +31,8 @@ with Cockpit(model, optimizer, loss=loss_fn, target=goal, steps=steps, budget=No
         with cockpit.evaluating() as log, torch.no_grad():
             log(valid_accuracy=(model(x[1400:]).argmax(1) == y[1400:]).float().mean())
 
-print("gradient norm    ", f"{cockpit.last['gradient/norm']['norm']:.3g}")
-print("noise scale      ", f"{cockpit.last['gradient/noise_scale']['noise_scale']:.3g} examples")
-print("sharpness        ", f"{cockpit.last['curvature/sharpness']['sharpness']:.3g}")
-print("rho, edge at 1   ", f"{cockpit.last['curvature/preconditioned_sharpness']['rho']:.3g}")
+if cockpit.enabled:  # COCKPIT=off leaves nothing to print
+    print("gradient norm    ", f"{cockpit.last['gradient/norm']['norm']:.3g}")
+    print("noise scale      ", f"{cockpit.last['gradient/noise_scale']['noise_scale']:.3g} examples")
+    print("sharpness        ", f"{cockpit.last['curvature/sharpness']['sharpness']:.3g}")
+    print("rho, edge at 1   ", f"{cockpit.last['curvature/preconditioned_sharpness']['rho']:.3g}")

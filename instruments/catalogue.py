@@ -70,12 +70,17 @@ def make(name: str) -> "Instrument":
     return cls()
 
 
+MANY = 12  # names
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that names what was probably meant, and all there is."""
+    """A sentence that names what was probably meant, and all there is, if that is not much or nothing was near."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}known: {', '.join(known)}"
+    hint = f"did you mean {' or '.join(close)}?" if close else ""
+    if close and len(known) > MANY:
+        return f"{hint} cockpit-bench list names all {len(known)}"
+    return f"{hint} known: {', '.join(known)}".lstrip()
 
 
 def _only_instrument(module: object) -> "type[Instrument]":

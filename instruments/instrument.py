@@ -25,8 +25,8 @@ class Output:
 
     `unit` is "1" for a pure number. `kind` decides how the value is drawn and tagged: a scalar is a curve, a per-group
     value one curve a parameter group, a per-layer value one a trained parameter tensor, a per-module value one a
-    module, whose names stand in `view.meter.provenance["modules"]`. `edge` is a value that means something by itself
-    (1 for rho) and is drawn as a line.
+    module, whose names stand in `view.meter.provenance["modules"]`. `edge` is a value on whose sides the
+    reading means something else (1 for rho, 0 for a trace), no mere bound of it, and is drawn as a line.
 
     A histogram is an array (2, K): ascending upper limits of the bins, the last may be infinite, over their counts. A
     spectrum is (2, K): a grid over values. A grid is (R + 1, C + 1): upper limits of the columns in [0, 1:], of the

@@ -15,6 +15,7 @@ from cockpit_bench.plots.style import CYCLE
 from cockpit_bench.runlog import Reading, Run, Series
 from cockpit_bench.runlog.modules import names_of
 
+EXTREMES = 2  # to either side
 MOST_KEYS = 8  # in a legend; lines beyond are told apart by their shade
 SHADES = "viridis"  # dark to light, read alike by the colour-blind: first layer dark, last light
 
@@ -29,7 +30,8 @@ def stacked(series: Series) -> tuple[Steps, Floats]:
 
 
 def lines(ax: Any, series: Series, names: Sequence[str], *, positive: bool = False) -> bool:
-    """One line an entry; the legend names at most `MOST_KEYS` of them, evenly chosen; False when nothing can be drawn.
+    """One line an entry; False when nothing can be drawn. The legend names at most `MOST_KEYS` of them: the two that
+    end lowest, the two that end highest, and others evenly chosen.
 
     Up to six lines have the colours of every plot, more have shades in the order of the entries.
     """
@@ -38,7 +40,7 @@ def lines(ax: Any, series: Series, names: Sequence[str], *, positive: bool = Fal
     mark_missing(ax, series, steps[~shown_SL.any(axis=1)])
     count = values_SL.shape[1]
     colours = CYCLE if count <= len(CYCLE) else matplotlib.colormaps[SHADES](np.linspace(0, 0.9, count))
-    named = set(np.linspace(0, count - 1, min(count, MOST_KEYS)).round().astype(int).tolist())
+    named = _named(values_SL)
     marker = {"marker": "o", "markersize": 2.5} if len(steps) <= 1 else {}
     for index in range(count):
         name = names[index] if index < len(names) else str(index)
@@ -46,6 +48,15 @@ def lines(ax: Any, series: Series, names: Sequence[str], *, positive: bool = Fal
         label = name if index in named else "_" + name
         ax.plot(steps, y, color=colours[index], linewidth=1.2, label=label, **marker)
     return bool(shown_SL.any())
+
+
+def _named(values_SL: Floats) -> set[int]:
+    count = values_SL.shape[1]
+    last_L = np.array([next((v for v in reversed(column) if np.isfinite(v)), np.nan) for column in values_SL.T])
+    order = [int(index) for index in np.argsort(last_L, kind="stable") if np.isfinite(last_L[index])]
+    extremes = order if count <= MOST_KEYS else [*order[:EXTREMES], *order[-EXTREMES:]]
+    evenly = np.linspace(0, count - 1, min(count, MOST_KEYS)).round().astype(int).tolist()
+    return set(list(dict.fromkeys([*extremes, *evenly]))[:MOST_KEYS])
 
 
 def spread(ax: Any, series: Series, colour: str, label: str, *, positive: bool = False) -> bool:

@@ -92,9 +92,12 @@ def _draw_row(figure: Figure, row: Row, run: Run, index: int, count: int) -> lis
 
 
 def _on_top(run: Run) -> str:
-    """What observing a run that has ended took, as a share of its training time."""
+    """What observing a run that has ended took, the log included, as a share of its training time."""
     outcome = run.outcome
-    return "" if outcome is None else f", observation {share(sum(outcome.tax.values()), outcome.seconds)} on top"
+    if outcome is None:
+        return ""
+    spent = sum(outcome.buckets.get(name, 0.0) for name in ("observe", "log"))
+    return f", observation {share(spent, outcome.seconds)} on top"
 
 
 def metric(ax: Any, run: Run) -> None:

@@ -1,6 +1,7 @@
 """How a run ended, as one compact block of text for a terminal of 80 columns."""
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ WIDTH = 79
 LABEL = 40
 SMALL = 0.001  # of the training time: what took less is one line together
 SHORT = 60.0  # seconds of training
+HANGING: Any = {"subsequent_indent": " " * 9, "max_lines": 4, "placeholder": " ...", "break_on_hyphens": False}
 MOST = 12  # instruments with a line each; what took less than they did joins that line
 
 
@@ -35,7 +37,7 @@ def summary(outcome: Outcome, target: str | None, faults: Faults, folder: str | 
         lines.append(f"reason   {outcome.reason}")
     lines.append(f"steps    {outcome.step} in {number(outcome.seconds)} s of training, {number(outcome.wall)} s in all")
     lines += _tax_lines(outcome) + _fault_lines(faults)
-    lines = [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines]
+    lines = [part for line in lines for part in textwrap.wrap(line, WIDTH, **HANGING)]
     return lines if folder is None else [*lines, f"log      {folder}"]  # whole: it is there to be copied
 
 

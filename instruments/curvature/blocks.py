@@ -56,7 +56,7 @@ class Blocks(Instrument):
         "trace": Output("loss / parameter²", "sum of the eigenvalues of each block", "per-module"),
         "trace_stderr": Output("loss / parameter²", "standard error of trace, at most 1.41 too wide", "per-module"),
         "sharpness": Output("loss / parameter²", "largest eigenvalue of the whole Hessian"),
-        "share": Output("1", "the largest block's eigenvalue over the sharpness", edge=1.0),
+        "share": Output("1", "the largest block's eigenvalue over the sharpness"),
         "largest": Output("block", "which block that is, in the order of the names, from 0"),
         "converged": Output("1", "1 when all residuals met the tolerance, 0 when products ran out"),
     }

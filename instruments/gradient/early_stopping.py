@@ -41,7 +41,7 @@ class EarlyStopping(Instrument):
         "criterion": Output("1", "1 - (N/D) sum gbar_j^2 / s_j^2, pooled; stop when it stays above 0", edge=0.0),
         "corrected": Output("1", "the same without the bias of the variance of a small batch, pooled", edge=0.0),
         "of_batch": Output("1", "the criterion of this batch alone", edge=0.0),
-        "silent": Output("1", "share of coordinates without variance in this batch, left out", edge=1.0),
+        "silent": Output("1", "share of coordinates without variance in this batch, left out"),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"samples", "second_moment"})
     reference: ClassVar[str] = "Mahsereci, Balles, Lassner and Hennig 2017, Early stopping without a validation set"

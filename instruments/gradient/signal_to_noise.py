@@ -35,7 +35,7 @@ class SignalToNoise(Gauge):
         "aggregate": Output("1", "sum of signal over sum of noise: (|g|^2 - S^2/N) / S^2; may be negative"),
         "median": Output("1", "median over the coordinates of the de-biased ratio; may be negative"),
         "per_layer": Output("1", "the aggregate of each parameter tensor; NaN for one without gradient", "per-layer"),
-        "silent": Output("1", "share of coordinates without variance in this batch", edge=1.0),
+        "silent": Output("1", "share of coordinates without variance in this batch"),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"samples", "second_moment", "inner_products"})
     reference: ClassVar[str] = (

@@ -49,7 +49,7 @@ class DeadUnits(Gauge):
     """
 
     outputs: ClassVar[Mapping[str, Output]] = {
-        "dead": Output("1", "share of dead units among all units that can be; NaN without any", edge=1.0),
+        "dead": Output("1", "share of dead units among all units that can be; NaN without any"),
         "saturated": Output("1", "share of always saturated units among all of tanh and sigmoid; NaN without any"),
         "bound": Output("1", "share of examples that a dead unit may fire on, at 95 % confidence: about 3/N"),
         "dead_units": Output("1", "share of dead units of each activation; NaN for tanh and sigmoid", "per-module"),

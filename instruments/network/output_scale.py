@@ -51,7 +51,7 @@ class OutputScale(Gauge):
         "z_loss": Output("1", "mean square of the logsumexp of the logits"),
         "prediction_entropy": Output("nat", "entropy of the shares in which the classes are predicted"),
         "possible_entropy": Output("nat", "log of the number of classes, or of predictions where these are fewer"),
-        "probabilities": Output("1", "share of predictions that are a distribution already", edge=1.0),
+        "probabilities": Output("1", "share of predictions that are a distribution already"),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"activations", "batch"})
     reference: ClassVar[str] = (

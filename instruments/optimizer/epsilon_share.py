@@ -30,7 +30,7 @@ class EpsilonShare(Gauge):
     """
 
     outputs: ClassVar[Mapping[str, Output]] = {
-        "share": Output("1", "share of coordinates whose divisor is mostly eps, silent ones included", edge=1.0),
+        "share": Output("1", "share of coordinates whose divisor is mostly eps, silent ones included"),
         "silent": Output("1", "share of coordinates that never had a gradient"),
         "per_layer": Output("1", "the share in each parameter tensor", "per-layer"),
     }

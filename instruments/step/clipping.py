@@ -35,10 +35,10 @@ class Clipping(Instrument):
 
     outputs: ClassVar[Mapping[str, Output]] = {
         "clipped": Output("1", "1 where the gradient of this step was clipped, else 0"),
-        "factor": Output("1", "norm after over norm before, 1 where nothing was clipped", edge=1.0),
+        "factor": Output("1", "norm after over norm before, 1 where nothing was clipped"),
         "before": Output("loss / parameter", "norm of the gradient at observe"),
         "after": Output("loss / parameter", "norm of the gradient that the optimizer used"),
-        "share": Output("1", "share of clipped steps among the readings pooled", edge=1.0),
+        "share": Output("1", "share of clipped steps among the readings pooled"),
         "typical": Output("1", "median factor of the clipped steps among them; NaN where there is none"),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"gradient", "change", "groups"})

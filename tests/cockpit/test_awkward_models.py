@@ -4,6 +4,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,8 +241,25 @@ def test_what_is_not_one_number_is_an_event_and_nothing_breaks() -> None:
     assert outcome.status == "done"
     assert cockpit.last["batch/loss"]["loss"] == pytest.approx(float(losses.mean()))
     reasons = [e.detail["reason"] for e in cockpit.records if isinstance(e, Event) and e.name == "observe_failed"]
-    assert any("one number" in reason for reason in reasons)
+    assert any("one number, got shape" in reason for reason in reasons)
     assert len(reasons) == 2
+
+
+@pytest.mark.parametrize("given", [0.3, np.float32(0.3), "0.3"])
+def test_a_loss_is_a_number_of_any_kind_or_is_recomputed(given: Any) -> None:
+    model, batch = problem()
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cockpit = Cockpit(model, optimizer, loss=nn.CrossEntropyLoss(), instruments={"batch/loss": 1}, **QUIET)
+    cockpit.observe(batch, given)
+    reasons = [e.detail["reason"] for e in cockpit.records if isinstance(e, Event) and e.name == "observe_failed"]
+    if given == "0.3":
+        assert "expected the loss as one number, got '0.3'" in reasons[0]
+        assert cockpit.last["batch/loss"]["loss"] == pytest.approx(loss.item())
+    else:
+        assert not reasons
+        assert cockpit.last["batch/loss"]["loss"] == pytest.approx(0.3)
 
 
 def test_a_cockpit_that_is_dropped_lets_the_model_go_and_ends_its_run() -> None:

@@ -32,7 +32,11 @@ PLAIN = CASES[0]
         ({"instruments": {"gradient/norm": 0}}, r"at least 1, got 0"),
         ({"instruments": {"gradient/norm": "often"}}, r"at least 1, got 'often'"),
         ({"budget": 5}, r"between 0 and 1, or None for no limit, got 5"),
-        ({"steps": 0, "panel": "standard"}, r"whole number of at least 1, got 0"),
+        ({"steps": 0, "panel": "standard"}, r"expected steps, .* whole number of at least 1, got 0"),
+        ({"instruments": {"mine": Norm()}}, r"a cadence for 'mine', got the instrument Norm\(\) alone"),
+        ({"target": "accuracy"}, r"expected target as at_least\(metric, value\).* got 'accuracy'"),
+        ({"sinks": ["console"]}, r"list of sinks .* or functions of a record, got 'console'"),
+        ({"sinks": print}, r"expected sinks as a list, got builtin_function_or_method; write sinks=\[...\]"),
         ({"loss": None}, r"expected an nn loss module or a function losses\(call, batch\)"),
         ({"loss": nn.functional.cross_entropy}, r"pass the module of the same name"),
         ({"loss": nn.CTCLoss()}, r"got CTCLoss"),
@@ -47,6 +51,13 @@ def test_misuse_is_named_and_leaves_no_folder(tmp_path: Path, settings: dict[str
     assert not (tmp_path / "run").exists()
     assert state_of(training.model, training.optimizers) == before
     assert len(training.optimizers[0]._optimizer_step_pre_hooks) == 0
+
+
+def test_parameters_in_place_of_the_model() -> None:
+    """As the original Cockpit was called."""
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"an nn.Module, first, got generator; pass the module itself"):
+        Cockpit(model.parameters(), optim.SGD(model.parameters(), lr=0.1), loss=nn.MSELoss())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)], ids=["none", "frozen"])

@@ -127,6 +127,14 @@ def test_many_layers_have_few_keys_and_a_shade_each() -> None:
     assert [line.get_color() for line in axes["groups"].lines] == list(CYCLE[:2])
 
 
+def test_the_extremes_of_many_layers_have_keys() -> None:
+    sizes = [1.0] * 30
+    sizes[11], sizes[18] = 0.0, 50.0
+    axes = by_title(instrument_figure(make(readings(layers=sizes)), LABEL))
+    assert {"11", "18"} <= set(keys(axes["layers"]))
+    assert len(keys(axes["layers"])) == MOST_KEYS
+
+
 def test_without_declarations_the_shape_decides() -> None:
     figure = instrument_figure(make(readings(), outputs=None), LABEL)
     axes = by_title(figure)

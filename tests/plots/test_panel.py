@@ -153,7 +153,7 @@ def test_a_run_that_goes_on_shows_its_time_so_far() -> None:
 def test_the_headline_says_what_observation_took() -> None:
     running = Run(Path("runs/x"), None, [reading("batch/loss", 0, 1.0)], 0, {}, {"state": "running"}, {})
     assert panel(running).get_suptitle() == "x: running"
-    ended = "x: hit at step 20, 200 ms; 50 steps in 500 ms of training, observation 10.0% on top"
+    ended = "x: hit at step 20, 200 ms; 50 steps in 500 ms of training, observation 40.0% on top"
     assert full_panel().get_suptitle() == ended
 
 
