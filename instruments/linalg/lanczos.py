@@ -118,14 +118,23 @@ def krylov_spaces(operator: Operator, start_D: Tensor, limit: int) -> Iterator[K
         yield Krylov(alphas, betas, beta_k, basis_kD, w_D)
 
 
-def krylov_until(operator: Operator, start_D: Tensor, *, tol: float, max_products: int) -> tuple[Krylov, bool]:
+def krylov_until(
+    operator: Operator, start_D: Tensor, *, tol: float, max_products: int, more: int = 0
+) -> tuple[Krylov, bool]:
     """The first Krylov space whose largest Ritz pair has a residual <= tol * |value|, or that is invariant, and True;
-    else the last one, or one that is not finite, and False."""
+    else the last one, or one that is not finite, and False.
+
+    `more` products follow a small residual, until it is small again: it may have been that of another eigenvector.
+    """
+    settled = 0
     for krylov in krylov_spaces(operator, start_D, min(max_products, operator.size)):
         if not krylov.finite:
-            break
+            return krylov, False
         values_k, s_kk = krylov.pairs()
         small = krylov.beta * abs(float(s_kk[-1, -1])) <= tol * abs(float(values_k[-1]))
-        if small or krylov.exhausted(float(np.abs(values_k).max())):
+        if krylov.exhausted(float(np.abs(values_k).max())):
             return krylov, True
-    return krylov, False
+        settled += small or settled > 0
+        if small and settled > more:
+            return krylov, True
+    return krylov, small

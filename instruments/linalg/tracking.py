@@ -36,6 +36,7 @@ RIVAL = 0.15  # weight of the next kept vector in the first correction, against 
 KNOWN = 0.1  # of its length: a start of which less is new is left out
 FRESH_RANDOM = 0.5  # weight of the random vector in a fresh start, against 1 for the hint
 FRESH_TOL = 0.03
+COLD = 4  # products after that at a first reading, which nothing else audits
 AUDIT_EVERY = 8
 TURNED, FOUND = 0.7, 0.02  # a cosine with what was kept, and a part of the value
 GAP = 0.45  # of the value: at which `tol` bounds the residual itself
@@ -79,7 +80,7 @@ def follow(
     kept = track.kept(operator)
     space = Subspace(operator, None if kept is None else kept.vectors_kD)
     if kept is None:
-        reading.look_afresh(space)
+        reading.look_afresh(space, more=COLD)
         return reading.answer(space, space.pairs(), None, Track(readings=track.readings))
     for pair in operator.known():
         space.add(*pair)
@@ -105,10 +106,10 @@ class _Reading:
         self._operator, self._tol, self._most = operator, tol, max_products
         self._hint_D, self._noise_D = _unit(hint_D), random_unit(operator, seed)
 
-    def look_afresh(self, space: Subspace) -> None:
+    def look_afresh(self, space: Subspace, more: int = 0) -> None:
         """Lanczos from the hint and chance, by itself; what it finds joins the subspace."""
         start_D, tol = self._hint_D + FRESH_RANDOM * self._noise_D, min(self._tol, FRESH_TOL)
-        krylov, _ = krylov_until(self._operator, start_D, tol=tol, max_products=self._most)
+        krylov, _ = krylov_until(self._operator, start_D, tol=tol, max_products=self._most, more=more)
         space.take(krylov, KEPT)
 
     def followed(self, space: Subspace, kept: KeptPairs) -> RitzPairs:

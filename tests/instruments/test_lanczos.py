@@ -269,3 +269,15 @@ def test_memory_of_another_size_or_of_a_broken_model_starts_cold() -> None:
     assert track.vectors_kD is None
     ritz, _ = follow(operator, track, NO_HINT[:4] * math.nan, tol=1e-6, max_products=9, seed=0)
     assert ritz.value == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("top", [1.15, 1.5])
+def test_a_first_reading_looks_past_the_eigenvector_that_the_hint_has(top: float) -> None:
+    """The gradient may lie along a lower eigenvector: the residual is small then before the largest has shown."""
+    values_D = torch.cat([torch.linspace(-0.1, 0.3, 1000), torch.tensor([1.0, top])]).double()
+    hint_D = torch.zeros_like(values_D)
+    hint_D[-2] = 1
+    for seed in range(5):
+        ritz, _ = follow(DenseOperator(torch.diag(values_D)), Track(), hint_D, tol=0.0675, max_products=40, seed=seed)
+        assert ritz.value == pytest.approx(top, rel=0.01)
+        assert ritz.products <= 9
