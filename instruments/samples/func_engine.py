@@ -57,7 +57,7 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
 
     try:
         found = statistics_of_rows(problem, chunks)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise Refusal(f"torch.func cannot trace this model or loss: {_first_line(error)}") from error
     return BatchMoments.of(problem, found.statistics, flat_pieces(layout, found.sum_D), denominator, "torch.func")
 
