@@ -3,13 +3,14 @@
 Shapes: N = examples of the step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from instruments.running import Found, without_graph
 
 if TYPE_CHECKING:
     from instruments.probe import Probe
@@ -22,22 +23,29 @@ Activations = Mapping[str, list[Tensor]]
 micro-batches; under `OUTPUT` what the model itself gives."""
 
 
-def run_forward(probe: "Probe", around: AbstractContextManager[Any]) -> None:
-    """One forward of the step's batches through model and loss inside `around`, under the step's own masks."""
-    with torch.no_grad(), probe.running(held=False, differentiable=True), around:
-        for batch in probe.batches:
-            probe.objective.parts(probe.module, batch)
+def run_forward(probe: "Probe", watch: Callable[[], AbstractContextManager[Found]]) -> Found:
+    """One forward of the step's batches through model and loss inside `watch()`, under the step's own masks.
+
+    Gives what `watch()` was entered as, which a forward that fails may have filled in part: it is made anew for each.
+    """
+
+    def forward() -> Found:
+        with probe.running(held=False, differentiable=True), watch() as seen:
+            for batch in probe.batches:
+                probe.objective.parts(probe.module, batch)
+        return seen
+
+    return without_graph(probe.plans, forward)
 
 
 def read_activations(probe: "Probe") -> Activations:
     """The tensors that every layer without layers inside gave, and the output of the model."""
-    seen: dict[str, list[Tensor]] = {}
-    run_forward(probe, _recording(probe.module, seen))
-    return seen
+    return run_forward(probe, lambda: _recording(probe.module))
 
 
 @contextmanager
-def _recording(model: nn.Module, seen: dict[str, list[Tensor]]) -> Iterator[None]:
+def _recording(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    seen: dict[str, list[Tensor]] = {}
     handles = []
     for name, module in model.named_modules():
         if name == OUTPUT or not any(True for _ in module.children()):
@@ -49,7 +57,7 @@ def _recording(model: nn.Module, seen: dict[str, list[Tensor]]) -> Iterator[None
 
             handles.append(module.register_forward_hook(keep))
     try:
-        yield
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
