@@ -3,13 +3,13 @@
 Shapes: N = examples of the step.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from instruments.objective import tensors_of
 from instruments.running import Found, without_graph
 
 if TYPE_CHECKING:
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 OUTPUT = ""
 """The key of the model's own output among the activations."""
 
-Activations = Mapping[str, list[Tensor]]
-"""Outputs by the name of the layer, a list because a layer may be called several times and the step may have several
-micro-batches; under `OUTPUT` what the model itself gives."""
+
+class Activations(dict[str, list[Tensor]]):
+    """Outputs by the name of the layer, a list because a layer may be called several times and the step may have
+    several micro-batches; under `OUTPUT` what the model itself gives, and in `output_type` the name of its type."""
+
+    output_type = ""
 
 
 def run_forward(probe: "Probe", watch: Callable[[], AbstractContextManager[Found]]) -> Found:
@@ -44,14 +47,16 @@ def read_activations(probe: "Probe") -> Activations:
 
 
 @contextmanager
-def _recording(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    seen: dict[str, list[Tensor]] = {}
+def _recording(model: nn.Module) -> Iterator[Activations]:
+    seen = Activations()
     handles = []
     for name, module in model.named_modules():
         if name == OUTPUT or not any(True for _ in module.children()):
 
             def keep(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
-                found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+                if name == OUTPUT:
+                    seen.output_type = type(output).__name__
+                found = tensors_of(output)
                 # A copy: what follows may write into it (ReLU(inplace=True), a residual connection by +=).
                 seen.setdefault(name, []).extend(leaf.detach().clone() for leaf in found[:1])
 
