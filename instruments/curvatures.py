@@ -108,7 +108,10 @@ class Curvatures:
         def build() -> FisherOperator:
             probe = self._probe
             probe.prepare()
-            problem = SampleProblem(probe.module, probe.layout, probe.objective, lambda: self._around(True))
+            graphs = probe.plans.setdefault("graphs", {})
+            problem = SampleProblem(
+                probe.module, probe.layout, probe.objective, lambda: self._around(True), plans=graphs
+            )
             keep = probe.held.keep_graphs
             if seed is None:
                 return empirical_fisher(problem, probe.held.batches, keep_graphs=keep, context=self._around)

@@ -72,7 +72,8 @@ def of_probe(probe: "Probe", count: int, look: Look[Seen]) -> tuple[list[Seen], 
         return probe.running(held=False, differentiable=differentiable)
 
     probe.prepare()
-    problem = SampleProblem(probe.module, probe.layout, probe.objective, pinned)
+    graphs = probe.plans.setdefault("graphs", {})
+    problem = SampleProblem(probe.module, probe.layout, probe.objective, pinned, plans=graphs)
     return look_at_examples(problem, probe.batches, count, look)
 
 

@@ -30,11 +30,9 @@ class StepExamples:
 def loss_at(probe: "Probe", before: Sequence[Tensor], scale: float) -> Tensor:
     """Loss of the step's batch at the old parameters plus `scale` times the step; one forward."""
     after = [p.data for p in probe.layout.params]
-    with torch.no_grad():
-        there = torch._foreach_add(list(before), torch._foreach_sub(after, list(before)), alpha=scale)
-        with exchanged(probe.layout.params, there):
-            loss, _ = probe.step_loss()
-    return loss
+    there = torch._foreach_add(list(before), torch._foreach_sub(after, list(before)), alpha=scale)
+    with exchanged(probe.layout.params, there):
+        return probe.loss_here()
 
 
 def step_examples(probe: "Probe", before: Sequence[Tensor]) -> StepExamples:
@@ -44,16 +42,11 @@ def step_examples(probe: "Probe", before: Sequence[Tensor]) -> StepExamples:
     """
     after = [p.data for p in probe.layout.params]
     steps = torch._foreach_sub(after, list(before))
-    after_N = _example_losses(probe)
+    after_N = losses_by_example(probe.parts_here())
     kept = probe.samples.kept
     if kept is not None and kept.losses_N is not None and kept.complete(probe.layout):
         return StepExamples(kept.losses_N, after_N, kept.along(probe.layout, steps))
     with exchanged(probe.layout.params, before):
-        before_N = _example_losses(probe)
+        before_N = losses_by_example(probe.parts_here())
         slope_N = probe.samples.inner_products(probe.layout.join(steps))
     return StepExamples(before_N, after_N, slope_N)
-
-
-def _example_losses(probe: "Probe") -> Tensor:
-    with torch.no_grad(), probe.running(held=False, differentiable=False):
-        return losses_by_example([probe.objective.parts(probe.module, batch) for batch in probe.batches])

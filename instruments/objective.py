@@ -43,6 +43,16 @@ class Parts:
     def loss(self) -> Tensor:
         return self.total / self.denominator
 
+    def detached(self) -> "Parts":
+        """Without the graph."""
+        weight, sums_N = self.denominator, self.sums_N
+        return Parts(
+            self.total.detach(),
+            weight.detach() if isinstance(weight, Tensor) else weight,
+            self.examples,
+            None if sums_N is None else sums_N.detach(),
+        )
+
 
 class Objective(ABC):
     """Abstract: evaluates the training loss of a batch through `call`, the model's forward."""

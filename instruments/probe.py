@@ -26,7 +26,7 @@ from instruments.preconditioners import Preconditioner, read_preconditioner
 from instruments.probe_settings import ProbeSettings
 from instruments.reentrant import refuse_reentrant
 from instruments.refusal import Refusal
-from instruments.running import running, unwrapped
+from instruments.running import Found, running, unwrapped, without_graph
 from instruments.samples.of_probe import Samples
 from instruments.samples.watched import Watched
 from instruments.step_effect import StepEffect, step_effect
@@ -179,12 +179,21 @@ class Probe(AbstractContextManager["Probe"]):
 
     def _forward(self, meter: Meter) -> Sequence[Parts]:
         """The loss of the step's batches by one forward under the step's own masks, no gradient."""
-        found: Sequence[Parts] = self.once("parts", self._parts, meter, 1 / 3)
+        found: Sequence[Parts] = self.once("parts", self.parts_here, meter, 1 / 3)
         return found
 
-    def _parts(self) -> Sequence[Parts]:
-        with torch.no_grad(), self.running(held=False, differentiable=False):
-            return [self.objective.parts(self.module, batch) for batch in self.batches]
+    def parts_here(self) -> Sequence[Parts]:
+        """The loss of the step's batches by one forward, at the parameters as they are at this moment, no gradient."""
+
+        def forward() -> Sequence[Parts]:
+            with self.running(held=False, differentiable=False):
+                return [self.objective.parts(self.module, batch).detached() for batch in self.batches]
+
+        return without_graph(self.plans, forward)
+
+    def loss_here(self) -> Tensor:
+        """The loss of the step's batches as one, in the same way."""
+        return pooled_loss(self.objective, self.parts_here())
 
     def once(self, name: str, compute: Callable[[], Any], meter: Meter, gradients: float) -> Any:
         """A quantity of this step, computed and billed when it is first asked for."""
@@ -198,27 +207,22 @@ class Probe(AbstractContextManager["Probe"]):
         found: Activations = self.once("activations", lambda: read_activations(self), meter, 1 / 3)
         return found
 
-    def forward(self, around: AbstractContextManager[Any], meter: Meter) -> None:
-        """One forward of the step's batches, for what `around` sees of it."""
+    def forward(self, watch: Callable[[], AbstractContextManager[Found]], meter: Meter) -> Found:
+        """One forward of the step's batches, and what `watch()` saw of it."""
         meter.gradients += 1 / 3
-        run_forward(self, around)
+        return run_forward(self, watch)
 
-    def step_loss(self, *, weighted: bool = True) -> tuple[Tensor, bool]:
-        """Loss of the step's batches as one, and whether its forward drew random numbers.
+    def loss_and_gradient(self, *, weighted: bool = True) -> tuple[Tensor, Tensor, bool]:
+        """Loss of the step's batches as one, its gradient of shape (D,), and whether the forward drew random numbers.
 
         `weighted=False` averages over the micro-batches whatever their size.
         """
-        with self.running(held=False, differentiable=False):
-            before = self.guard().random.now()
-            parts = [self.objective.parts(self.module, batch) for batch in self.batches]
-            random = before.moved()
-            loss = pooled_loss(self.objective, parts) if weighted else torch.stack([p.loss for p in parts]).mean()
-        return loss, random
-
-    def loss_and_gradient(self, *, weighted: bool = True) -> tuple[Tensor, Tensor, bool]:
-        """Loss, its gradient of shape (D,), and whether the forward drew random numbers."""
         with torch.enable_grad():
-            loss, random = self.step_loss(weighted=weighted)
+            with self.running(held=False, differentiable=False):
+                before = self.guard().random.now()
+                parts = [self.objective.parts(self.module, batch) for batch in self.batches]
+                random = before.moved()
+                loss = pooled_loss(self.objective, parts) if weighted else torch.stack([p.loss for p in parts]).mean()
             refuse_reentrant(loss)
             with self.running(held=False, differentiable=False, forward=False):
                 grads = torch.autograd.grad(loss, self.layout.params, allow_unused=True)

@@ -1,9 +1,10 @@
-"""The context of every forward of a reading: pinned randomness, full precision, differentiable kernels."""
+"""The context of every forward of a reading: pinned randomness, full precision, differentiable kernels, and no graph
+where none is needed."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from instruments.guard import RandomStates
 
 Mode = Literal["train", "eval"]
+Found = TypeVar("Found")
+NEEDS_GRAPH = "the loss needs a graph"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -48,6 +51,26 @@ def running(module: nn.Module, random: RandomStates, *, seed: int, mode: Mode, d
             if device == "cuda" and any(isinstance(m, nn.RNNBase) for m in module.modules()):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def without_graph(plans: dict[Any, Any], forward: Callable[[], Found]) -> Found:
+    """What `forward()` gives where no gradient is to be taken of it: without a graph, if the loss can do without.
+
+    A loss that differentiates the model's output by its input itself (gradient penalties, physics-informed losses,
+    score matching), or a model that does (forces from an energy), cannot: it is run again with a graph, and `plans`
+    remembers that. Each run enters `running` anew, for the same random numbers and buffers.
+    """
+    if not plans.get(NEEDS_GRAPH, False):
+        try:
+            with torch.no_grad():
+                return forward()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+    with torch.enable_grad():
+        found = forward()
+    plans[NEEDS_GRAPH] = True
+    return found
 
 
 SETTLED_BYTES = 31 * 2**20  # just below the largest block by which glibc moves its thresholds

@@ -41,8 +41,8 @@ def step_effect(probe: "Probe", before: Sequence[Tensor]) -> StepEffect:
     else:
         with exchanged(probe.layout.params, before):
             loss_before, g_D, _ = probe.loss_and_gradient()
+    loss_after = probe.loss_here()
     with torch.no_grad():
-        loss_after, _ = probe.step_loss()
         u_D = probe.layout.join([p.detach() - p0 for p, p0 in zip(probe.layout.params, before, strict=True)])
     g_D, u_D = g_D.double(), u_D.double()
     slope, norms = torch.dot(g_D, u_D), (u_D.norm(), g_D.norm())

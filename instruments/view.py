@@ -4,7 +4,7 @@ Shapes: D = trainable scalars.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,7 @@ from instruments.operators.preconditioned import PreconditionedOperator
 from instruments.parameter_state import ParameterState, parameter_states
 from instruments.preconditioners import Preconditioner, read_preconditioner, sharpness_edge
 from instruments.refusal import Refusal
-from instruments.running import processes
+from instruments.running import Found, processes
 from instruments.samples.moments import SampleMoments
 from instruments.samples.problem import Want
 from instruments.step_effect import StepEffect
@@ -131,10 +131,11 @@ class View:
         self._declared("activations")
         return self._probe.activations(self.meter)
 
-    def forward(self, around: AbstractContextManager[Any]) -> None:
-        """Run model and loss on the step's batches once more, without gradients, inside `around`."""
+    def forward(self, watch: Callable[[], AbstractContextManager[Found]]) -> Found:
+        """Run model and loss on the step's batches once more, no gradient asked, inside `watch()`; gives what that was
+        entered as. Where a forward has to be repeated, it is made anew: what it sees must begin with it."""
         self._declared("forward")
-        self._probe.forward(around, self.meter)
+        return self._probe.forward(watch, self.meter)
 
     @property
     def moments(self) -> SampleMoments:

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from instruments.diagonals.draws import Draws
 from instruments.guard import RandomStates
-from instruments.objective import Batch, Call, FunctionObjective, Objective, no_examples
+from instruments.objective import Batch, Call, FunctionObjective, Objective, Parts, no_examples
 from instruments.operators import predictive
 from instruments.operators.predictive import Predictive
 from instruments.refusal import Refusal
+from instruments.running import without_graph
 from instruments.samples.independence import refuse_undefined
 from instruments.samples.moments import EngineName, sample_moments
 from instruments.samples.problem import SampleProblem
@@ -96,21 +97,11 @@ def _scores(distribution: Predictive) -> FunctionObjective:
 
 
 def _draw(problem: SampleProblem, batch: Batch, seed: int, draws: int, engine: EngineName) -> _Drawn:
-    seen: list[Any] = []
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        seen.append(problem.module(*args, **kwargs))
-        return seen[-1]
-
-    # With the kernels of the engine: under attention with dropout others would draw other masks.
-    with torch.no_grad(), problem.running(differentiable=engine not in ("auto", "fused")):
-        before = RandomStates.of(problem.module)
-        parts = problem.objective.parts(call, batch)
-        random = before.moved()
+    parts, outputs, random = without_graph(problem.plans, lambda: _seen(problem, batch, engine))
     if parts.sums_N is None:
         raise no_examples()
     loss, distribution = predictive._predictive(problem.objective)
-    outputs, targets = seen[0], batch[1]
+    targets = batch[1]
     if not distribution.fits(outputs, targets):
         raise Refusal(
             f"targets of shape {tuple(targets.shape)} do not match outputs of shape {tuple(outputs.shape)} element by "
@@ -124,3 +115,18 @@ def _draw(problem: SampleProblem, batch: Batch, seed: int, draws: int, engine: E
     numbers = outputs.nan_to_num()  # what is drawn where the model is not finite does not matter: the scores are NaN
     drawn = [distribution.draw(numbers, generator) for _ in range(draws)]
     return _Drawn(batch[0], drawn, roots, weight, random)
+
+
+def _seen(problem: SampleProblem, batch: Batch, engine: EngineName) -> tuple[Parts, Tensor, bool]:
+    """The loss of the batch, what the model gave for it, and whether random numbers were drawn."""
+    outputs: list[Tensor] = []
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        outputs.append(problem.module(*args, **kwargs))
+        return outputs[-1]
+
+    # With the kernels of the engine: under attention with dropout others would draw other masks.
+    with problem.running(differentiable=engine not in ("auto", "fused")):
+        before = RandomStates.of(problem.module)
+        parts = problem.objective.parts(call, batch).detached()
+        return parts, outputs[0].detach(), before.moved()

@@ -7,7 +7,7 @@ statistic is taken at the moment of the call: an activation in place, later on, 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Call:
 
 Enter = Callable[[Call], None]
 Leave = Callable[[Call, Sequence[Tensor], Sequence[Tensor]], None]
+Mode = TypeVar("Mode", bound=TorchDispatchMode)
 
 
 class Calls(AbstractContextManager["Calls"]):
@@ -111,14 +112,14 @@ class Calls(AbstractContextManager["Calls"]):
 
 
 @contextmanager
-def together(calls: Calls, mode: TorchDispatchMode) -> Iterator[None]:
-    """Modules and the operators inside them."""
-    with calls, mode:
-        yield
+def together(layout: Layout, mode: Callable[[Calls], Mode]) -> Iterator[Mode]:
+    """Modules, and the operators inside them, which the mode that is made of their calls sees."""
+    with Calls(layout) as calls, mode(calls) as operators:
+        yield operators
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf.detach() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def shown(names: Sequence[str]) -> list[int]:

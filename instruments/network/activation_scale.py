@@ -3,7 +3,8 @@
 Shapes: M = layers (modules that call no other module), in the order of their first call.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from instruments.instrument import Estimate, Gauge, Output, Values
-from instruments.layout import norms_of
+from instruments.layout import Layout, norms_of
 from instruments.network._calls import Call, Calls, refuse_empty, shown
 from instruments.view import Need, View
 
@@ -49,18 +50,7 @@ class ActivationScale(Gauge):
         return 0.5
 
     def read(self, view: View) -> Values:
-        sums: dict[str, Tensor] = {}
-        weighted: set[str] = set()
-
-        def leave(call: Call, _inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-            if call.leaf and outputs and outputs[0].is_floating_point():
-                name = call.label
-                new = _sums(outputs[0])
-                sums[name] = sums[name] + new if name in sums else new
-                if any(p.ndim >= 2 for p in call.module.parameters(recurse=False)):
-                    weighted.add(name)
-
-        view.forward(Calls(view.layout, leave=leave))
+        sums, weighted = view.forward(lambda: _by_layer(view.layout))
         refuse_empty(sums, "a layer that gives numbers")
         count_M, sum_M, squares_M, zeros_M = torch.stack(list(sums.values()), 1)
         rms_M = (squares_M / count_M).sqrt()
@@ -73,6 +63,24 @@ class ActivationScale(Gauge):
             "mean": (sum_M / count_M)[listed],
             "zeros": (zeros_M / count_M)[listed],
         }
+
+
+@contextmanager
+def _by_layer(layout: Layout) -> Iterator[tuple[dict[str, Tensor], set[str]]]:
+    """The sums of each layer's output, and which layers have a weight of two dimensions or more."""
+    sums: dict[str, Tensor] = {}
+    weighted: set[str] = set()
+
+    def leave(call: Call, _inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if call.leaf and outputs and outputs[0].is_floating_point():
+            name = call.label
+            new = _sums(outputs[0])
+            sums[name] = sums[name] + new if name in sums else new
+            if any(p.ndim >= 2 for p in call.module.parameters(recurse=False)):
+                weighted.add(name)
+
+    with Calls(layout, leave=leave):
+        yield sums, weighted
 
 
 def _sums(x: Tensor) -> Tensor:

@@ -60,9 +60,7 @@ class AttentionLogits(Gauge):
         return 0.5
 
     def read(self, view: View) -> Values:
-        calls = Calls(view.layout)
-        seen = _Softmaxes(calls)
-        view.forward(together(calls, seen))
+        seen = view.forward(lambda: together(view.layout, _Softmaxes))
         if not seen.found:
             raise Refusal(
                 "no attention was seen in the forward: no softmax over keys whose weights go into a matrix product. "

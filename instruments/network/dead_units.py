@@ -63,9 +63,7 @@ class DeadUnits(Gauge):
         return 0.5
 
     def read(self, view: View) -> Values:
-        calls = Calls(view.layout)
-        units = _Activations(calls)
-        view.forward(together(calls, units))
+        units = view.forward(lambda: together(view.layout, _Activations))
         if not units.found:
             raise Refusal(
                 "the forward calls no activation that can be dead or saturated (relu, hardtanh, threshold, hardswish, "

@@ -3,7 +3,8 @@
 Shapes: R = rows (examples and positions), W = width of the features, K = min(R, W).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from instruments.instrument import Gauge, Output, Values
+from instruments.layout import Layout
 from instruments.network._calls import Call, Calls
 from instruments.refusal import Refusal
 from instruments.view import Need, View
@@ -57,14 +59,7 @@ class EffectiveRank(Gauge):
         return 0.4
 
     def read(self, view: View) -> Values:
-        found: dict[str, list[Tensor]] = {}
-
-        def leave(call: Call, inputs: Sequence[Tensor], _outputs: Sequence[Tensor]) -> None:
-            if self._wanted(call) and inputs and inputs[0].is_floating_point() and inputs[0].ndim >= 2:
-                calls = found.pop(call.label, [])  # taken out and put back: the layer called last comes last
-                found[call.label] = [*calls, self._some(_rows(inputs[0]))]
-
-        view.forward(Calls(view.layout, leave=leave))
+        found = view.forward(lambda: self._features(view.layout))
         if not found:
             wanted = "nn.Linear" if self.layer is None else f"layer that matches '{self.layer}' and takes features"
             raise Refusal(f"the forward calls no {wanted}; pass layer= with the name of the layer to look into.")
@@ -73,6 +68,19 @@ class EffectiveRank(Gauge):
         view.meter.provenance.update(layer=name, rows=len(a_RW))
         effective, stable = ranks(a_RW - a_RW.mean(0) if self.centred else a_RW)
         return {"effective_rank": effective, "stable_rank": stable, "possible": float(min(a_RW.shape))}
+
+    @contextmanager
+    def _features(self, layout: Layout) -> Iterator[dict[str, list[Tensor]]]:
+        """What goes into each of the layers that are looked into, in the order of their last calls."""
+        found: dict[str, list[Tensor]] = {}
+
+        def leave(call: Call, inputs: Sequence[Tensor], _outputs: Sequence[Tensor]) -> None:
+            if self._wanted(call) and inputs and inputs[0].is_floating_point() and inputs[0].ndim >= 2:
+                calls = found.pop(call.label, [])  # taken out and put back: the layer called last comes last
+                found[call.label] = [*calls, self._some(_rows(inputs[0]))]
+
+        with Calls(layout, leave=leave):
+            yield found
 
     def _wanted(self, call: Call) -> bool:
         if self.layer is None:

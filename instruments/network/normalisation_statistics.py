@@ -3,7 +3,8 @@
 Shapes: C = channels of one layer, M = layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from instruments.instrument import Gauge, Output, Values
+from instruments.layout import Layout
 from instruments.network._calls import Call, Calls, shown
 from instruments.refusal import Refusal
 from instruments.view import Need, View
@@ -56,21 +58,7 @@ class NormalisationStatistics(Gauge):
         return 0.5
 
     def read(self, view: View) -> Values:
-        running: dict[str, tuple[Tensor, Tensor]] = {}
-        sums: dict[str, Tensor] = {}
-
-        def enter(call: Call) -> None:  # before the forward moves the running statistics
-            m = call.module
-            if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None:
-                running.setdefault(call.label, (m.running_mean.double(), m.running_var.double()))
-
-        def leave(call: Call, inputs: Sequence[Tensor], _outputs: Sequence[Tensor]) -> None:
-            name = call.label
-            if name in running and inputs:
-                new = _sums(inputs[0], running[name][0])
-                sums[name] = sums[name] + new if name in sums else new
-
-        view.forward(Calls(view.layout, enter=enter, leave=leave))
+        running, sums = view.forward(lambda: _by_layer(view.layout))
         if not sums:
             raise Refusal(
                 "the model calls no batch normalisation with running statistics; there is nothing to compare."
@@ -88,6 +76,27 @@ class NormalisationStatistics(Gauge):
             "shifted": torch.stack([layers[i].shifted_C.double().mean() for i in listed]),
             "rescaled": torch.stack([layers[i].rescaled_C.double().mean() for i in listed]),
         }
+
+
+@contextmanager
+def _by_layer(layout: Layout) -> Iterator[tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]]:
+    """The running mean and variance of each layer, and the sums of what goes into it."""
+    running: dict[str, tuple[Tensor, Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+
+    def enter(call: Call) -> None:  # before the forward moves the running statistics
+        m = call.module
+        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None:
+            running.setdefault(call.label, (m.running_mean.double(), m.running_var.double()))
+
+    def leave(call: Call, inputs: Sequence[Tensor], _outputs: Sequence[Tensor]) -> None:
+        name = call.label
+        if name in running and inputs:
+            new = _sums(inputs[0], running[name][0])
+            sums[name] = sums[name] + new if name in sums else new
+
+    with Calls(layout, enter=enter, leave=leave):
+        yield running, sums
 
 
 @dataclass(frozen=True)

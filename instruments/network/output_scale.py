@@ -62,11 +62,19 @@ class OutputScale(Gauge):
         return 1 / 3
 
     def read(self, view: View) -> Values:
-        outputs = view.activations.get(OUTPUT)
-        if not outputs:
+        outputs, kind = view.activations.get(OUTPUT), view.activations.output_type
+        if outputs is None:
             raise Refusal("the loss does not call the model as a whole, so there is no output of it to read.")
+        if not outputs:
+            raise Refusal(
+                "expected the model to return a tensor, or a tuple, list or mapping of tensors, "
+                f"got {kind}, which holds none that torch can see."
+            )
         if any(z.ndim == 0 or not z.is_floating_point() for z in outputs):
-            raise Refusal("expected the model to return numbers for each example first, got one number or integers.")
+            raise Refusal(
+                f"expected numbers for each example first in what the model returns ({kind}), got one number or "
+                "integers."
+            )
         paired = len(outputs) == len(view.batches)
         batches: Sequence[Batch | None] = view.batches if paired else [None] * len(outputs)
         tables, classes = zip(*map(_table, outputs, batches), strict=True)

@@ -225,6 +225,14 @@ def _split(piece: Evaluation, cut: _Cut, layout: Layout) -> _OutputLoss:
             f"the loss uses '{error.name}' of the model besides calling it, so what it sees of the model is not known; "
             "use the Hessian, or a loss that only calls."
         ) from error
+    except RuntimeError as error:
+        if "not have been used in the graph" not in str(error):
+            raise
+        raise Refusal(
+            "the loss differentiates what the model returns by its input (a gradient penalty, a physics-informed loss, "
+            "score matching), so it depends on more of the model than that and has no Gauss-Newton matrix; read the "
+            'Hessian, matrix="hessian".'
+        ) from error
     _refuse_bypass(total, layout)
     if cut.calls > 1:
         _refuse_chain(cut)

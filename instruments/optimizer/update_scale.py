@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from instruments.after_step import Groups
 from instruments.instrument import Gauge, Output, Values
@@ -47,6 +48,11 @@ class UpdateScale(Gauge):
         groups, changes, device = Groups.of(view), view.changes, view.layout.device
         size_G = groups.add(torch.tensor([float(u.numel()) for u in changes], device=device))
         square_G = groups.add(norms_of(changes).square())
-        largest_L = torch.stack([torch.stack(u.aminmax()).abs().max().to(device) for u in changes])
+        largest_L = torch.stack([_largest(u).to(device) for u in changes])
         rates_G = groups.rates(square_G)
         return {"rms": (square_G / size_G).sqrt() / rates_G, "largest": groups.largest(largest_L) / rates_G}
+
+
+def _largest(u: Tensor) -> Tensor:
+    """Largest size of an entry, zero where there is none."""
+    return torch.stack(u.aminmax()).abs().max() if u.numel() else u.new_zeros(())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from instruments.objective import Batch, no_examples
 from instruments.refusal import Refusal
 from instruments.samples.independence import check_by_half
-from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
+from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces, flat_rows
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -66,7 +66,7 @@ def _statistics(problem: SampleProblem, alias: Any, examples: int, direction_d: 
     squares_d = alias.sum_grad_squared if "second_moment" in problem.wants else None
     if not problem.wants & {"gram", "inner_products"}:
         return Statistics(alias.batch_l2, squares_d)
-    g_Nd = alias.grad_batch.reshape(examples, -1)
+    g_Nd = flat_rows(alias.grad_batch)
     return Statistics(alias.batch_l2, squares_d, g_Nd @ direction_d.to(g_Nd), g_Nd @ g_Nd.T)
 
 

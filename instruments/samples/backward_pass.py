@@ -13,7 +13,7 @@ from instruments.refusal import Refusal
 from instruments.samples.exploration import Check, Plan
 from instruments.samples.factors import Factor, Together, blocks
 from instruments.samples.graph import Node, Use
-from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces
+from instruments.samples.problem import BatchMoments, SampleProblem, Statistics, flat_pieces, flat_rows
 from instruments.samples.rules import factor
 
 AGREE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -155,7 +155,7 @@ class BackwardPass:
         if self._problem.kept is not None:
             self._problem.kept.keep(use.index, use, made)
         if self._checks:
-            self._sums[use.index] = use.rows_to_parameter(self._weighted(made).view(-1, *use.shape))
+            self._sums[use.index] = use.rows_to_parameter(self._weighted(made).view(len(self._checks), *use.shape))
         if self._mean is not None:
             whole = self._seen(use) if direction is None else direction
             sketch = made.sketch(whole) if found.sum_d is None else (found.sum_d, whole.reshape(-1).to(found.sum_d))
@@ -216,7 +216,7 @@ class BackwardPass:
         each = made.rows(slice(0, 1))
         total = each.new_zeros(len(weight_KN), each.numel())
         for some in blocks(self._parts.examples, each.numel(), each):
-            total += weight_KN[:, some].to(each.dtype) @ made.rows(some).flatten(1)
+            total += weight_KN[:, some].to(each.dtype) @ flat_rows(made.rows(some))
         return total
 
     def agreeing(self) -> frozenset[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from instruments.samples.graph import Use
-from instruments.samples.problem import Statistics, Wants
+from instruments.samples.problem import Statistics, Wants, flat_rows
 
 BLOCK_SCALARS = {"cpu": 2**17}
 """Scalars of gradients formed at a time: on a CPU what its caches hold, two to three times faster than more."""
@@ -74,7 +74,7 @@ class Direct(Factor):
     grads: Tensor
 
     def statistics(self, wants: Wants, direction: Tensor | None) -> Statistics:
-        g_Nd = self.grads.reshape(len(self.grads), -1)
+        g_Nd = flat_rows(self.grads)
         squares_Nd = g_Nd.square()
         return Statistics(
             squares_Nd.sum(1),
@@ -87,7 +87,7 @@ class Direct(Factor):
         return self.grads[some]
 
     def along(self, direction: Tensor) -> Tensor:
-        return self.grads.reshape(len(self.grads), -1) @ direction.reshape(-1).to(self.grads.dtype)
+        return flat_rows(self.grads) @ direction.reshape(-1).to(self.grads.dtype)
 
     def sketch(self, whole: Tensor) -> tuple[Tensor, Tensor]:
         return self.grads.sum(0).reshape(-1), whole.reshape(-1).to(self.grads.dtype)
@@ -142,7 +142,7 @@ class Lookup(Factor):
                 self.example_U[mine_U], self.row_U[mine_U] - rows.start, self.grads_Uq[mine_U],
                 self.examples, (height, self.shape[1]),
             )  # fmt: skip
-            g_Nd = part.rows(slice(None)).reshape(self.examples, -1)
+            g_Nd = flat_rows(part.rows(slice(None)))
             gram_NN += g_Nd @ g_Nd.T
         return gram_NN
 
@@ -238,12 +238,12 @@ def in_chunks(
     every_pair = "gram" in wants
     every = blocks(examples, size, like, large=every_pair)
     for some in every:
-        g_nd = rows(some).reshape(some.stop - some.start, -1)
+        g_nd = flat_rows(rows(some))
         sums.append(g_nd.sum(0))
         if direction is not None:
             inner.append(g_nd @ direction.reshape(-1).to(g_nd.dtype))
         if every_pair:
-            others = (g_nd if other == some else rows(other).flatten(1) for other in every)
+            others = (g_nd if other == some else flat_rows(rows(other)) for other in every)
             gram.append(torch.cat([g_nd @ other_nd.T for other_nd in others], 1))
         if "second_moment" not in wants:
             norms.append(torch.linalg.vector_norm(g_nd, dim=1).square_())

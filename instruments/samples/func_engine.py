@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from instruments.objective import Batch, plain_tree
 from instruments.refusal import Refusal
 from instruments.samples.independence import check_at_rest, refuse_interaction, whole_batch
-from instruments.samples.problem import BatchMoments, SampleProblem, flat_pieces
+from instruments.samples.problem import BatchMoments, SampleProblem, flat_pieces, flat_rows
 from instruments.samples.rows import CHUNK_SCALARS, statistics_of_rows
 
 
@@ -51,13 +51,13 @@ def moments(problem: SampleProblem, batch: Batch) -> BatchMoments:
                 rows = [leaf[start : start + chunk] if m else leaf for leaf, m in zip(leaves, mapped, strict=True)]
                 grads, values_n = per_example(params, *rows)
                 losses.append(values_n.detach())
-                yield torch.cat([grads[name].detach().flatten(1) for name in layout.names], 1)
+                yield torch.cat([flat_rows(grads[name].detach()) for name in layout.names], 1)
         if not random:
             refuse_interaction(torch.cat(losses), whole_N)
 
     try:
         found = statistics_of_rows(problem, chunks)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise Refusal(f"torch.func cannot trace this model or loss: {_first_line(error)}") from error
     return BatchMoments.of(problem, found.statistics, flat_pieces(layout, found.sum_D), denominator, "torch.func")
 

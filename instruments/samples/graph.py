@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from instruments.reentrant import REENTRANT, hidden_parameters
-from instruments.samples.problem import Statistics
+from instruments.samples.problem import Statistics, flat_rows
 
 Node = Any  # torch.autograd.graph.Node, whose saved tensors are attributes that its class does not declare
 
@@ -74,7 +74,7 @@ class Use:
     def rows_to_parameter(self, grads_n: Tensor) -> Tensor:
         """The same for n gradients at a time, flattened to rows of shape (n, d)."""
         moved: Tensor = torch.vmap(self.to_parameter)(grads_n) if self.chain else grads_n
-        return moved.reshape(len(moved), -1)
+        return flat_rows(moved)
 
     def statistics_to_parameter(self, found: Statistics) -> Statistics:
         """Views leave norms and products alone; the squares are carried to their places."""

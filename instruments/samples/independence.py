@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from instruments.guard import RandomStates
-from instruments.objective import Batch, FunctionObjective, Undefined, no_examples, plain_tree
+from instruments.objective import Batch, FunctionObjective, Parts, Undefined, no_examples, plain_tree
 from instruments.refusal import Refusal
+from instruments.running import without_graph
 from instruments.samples.problem import SampleProblem
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-6
@@ -40,10 +41,13 @@ def refuse_interaction(alone_N: Tensor, together_N: Tensor) -> None:
 
 def whole_batch(problem: SampleProblem, batch: Batch) -> tuple[Tensor, Tensor | float, bool]:
     """Per-example loss sums of the batch as one, the loss denominator, and whether the forward drew random numbers."""
-    with torch.no_grad(), problem.running():
-        before = RandomStates.of(problem.module)
-        parts = problem.objective.parts(problem.module, batch)
-        random = before.moved()
+
+    def forward() -> tuple[Parts, bool]:
+        with problem.running():
+            before = RandomStates.of(problem.module)
+            return problem.objective.parts(problem.module, batch).detached(), before.moved()
+
+    parts, random = without_graph(problem.plans, forward)
     if parts.sums_N is None:
         raise no_examples()
     return parts.sums_N, parts.denominator, random

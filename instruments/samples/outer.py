@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from instruments.samples.factors import Factor, blocks, unit_normal
-from instruments.samples.problem import Statistics, Wants
+from instruments.samples.problem import Statistics, Wants, flat_rows
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Outer(Factor):
     shape: tuple[int, ...]
 
     def rows(self, some: slice) -> Tensor:
-        return (self.a_NGTp[some].mT @ self.b_NGTq[some]).reshape(-1, *self.shape)
+        g_nGpq = self.a_NGTp[some].mT @ self.b_NGTq[some]
+        return g_nGpq.reshape(len(g_nGpq), *self.shape)
 
     def along(self, direction: Tensor) -> Tensor:
         n, groups, positions, p = self.a_NGTp.shape
@@ -79,19 +80,19 @@ class Outer(Factor):
         norms_N = self.a_NGTp.new_zeros(n)
         inner_N = None if v_Gpq is None else torch.zeros_like(norms_N)
         gram_NN = self.a_NGTp.new_zeros(n, n) if "gram" in wants else None
-        squares: list[Tensor] = []
+        squares_Gpq = self.a_NGTp.new_zeros(groups, p, q) if "second_moment" in wants else None
         for rows in blocks(p, n * groups * q, self.a_NGTp):
             g_NGrq = self.a_NGTp[..., rows].mT @ self.b_NGTq
-            g_Nd = g_NGrq.reshape(n, -1)
+            g_Nd = flat_rows(g_NGrq)
             if inner_N is not None and v_Gpq is not None:
                 inner_N += g_Nd @ v_Gpq[:, rows].reshape(-1)
             if gram_NN is not None:
                 gram_NN += g_Nd @ g_Nd.T
             g_Nd.square_()
             norms_N += g_Nd.sum(1)
-            if "second_moment" in wants:
-                squares.append(g_NGrq.sum(0))
-        return Statistics(norms_N, torch.cat(squares, 1) if squares else None, inner_N, gram_NN)
+            if squares_Gpq is not None:
+                squares_Gpq[:, rows] = g_NGrq.sum(0)
+        return Statistics(norms_N, squares_Gpq, inner_N, gram_NN)
 
 
 def _rank_one_of(wants: Wants, a_Np: Tensor, b_Nq: Tensor, v_pq: Tensor | None) -> Statistics:

@@ -6,6 +6,7 @@ Shapes: N = examples of one batch, D = trainable scalars, L = trained parameter 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -121,3 +122,8 @@ Engine = Callable[[SampleProblem, Batch], BatchMoments]
 def flat_pieces(layout: Layout, v_D: Tensor) -> Sequence[Tensor]:
     """The pieces of v_D, one a parameter tensor, flat."""
     return torch.split(v_D, [p.numel() for p in layout.params])
+
+
+def flat_rows(t: Tensor) -> Tensor:
+    """(n, d) from (n, *shape), where the shape has no dimension or no element too."""
+    return t.reshape(len(t), prod(t.shape[1:]))

@@ -131,6 +131,14 @@ class Case:
     clip: float | None = None
 
 
+def smooth(call: Callable[..., Tensor], batch: Any) -> Tensor:
+    """Cross entropy with a penalty on the slope of the outputs by the inputs, itself a derivative."""
+    x_NF = batch[0].clone().requires_grad_()
+    z_NC = call(x_NF)
+    (slope_NF,) = torch.autograd.grad(z_NC.square().sum(), x_NF, create_graph=True)
+    return F.cross_entropy(z_NC, batch[1], reduction="none") + slope_NF.square().sum(1)
+
+
 def _torch_noise() -> nn.Module:
     return Noisy(torch.Generator().manual_seed(3), lambda g: torch.randn((), generator=g).item())
 
@@ -147,6 +155,7 @@ CASES = (
     Case("spectral norm", lambda: mlp(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))), adam),
     Case("dropout", lambda: mlp(nn.Dropout(0.3)), adam),
     Case("half in eval mode", half_in_eval_mode, adam),
+    Case("input gradients", lambda: mlp(nn.Dropout(0.3)), adam, smooth),
     Case("attention", Attention, adam, batch=tokens),
     Case("double precision", lambda: mlp().double(), batch=lambda step: (rows(step)[0].double(), rows(step)[1])),
     Case("two groups", mlp, two_groups),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loop_cases import Attention, Training
+from loop_cases import Attention, Training, smooth
 from torch import nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -33,6 +33,10 @@ def one_number(training: Training) -> bool:
 
 def no_activation(training: Training) -> bool:
     return isinstance(training.model, Attention)
+
+
+def by_input(training: Training) -> bool:
+    return training.case.loss is smooth
 
 
 def of_all(training: Training, kinds: Any) -> bool:
@@ -67,6 +71,10 @@ RULES: Mapping[str, Rule] = {
     "curvature/preconditioned_sharpness": Rule(
         lambda training: not of_all(training, KNOWN), "no preconditioner reader|is not defined for"
     ),
+    "curvature/tic": Rule(
+        lambda training: no_examples(training) or by_input(training), "examples|by its input .* read the Hessian"
+    ),
+    "curvature/trace": Rule(by_input, "by its input .* read the Hessian"),
     "gradient/suggested_batch": Rule(
         lambda training: no_examples(training) or not of_all(training, optim.SGD), "torch's SGD|examples"
     ),

@@ -71,6 +71,18 @@ class Bare(nn.Module):
         return (x * self.scale) @ self.matrix
 
 
+class Scalars(nn.Module):
+    """Parameters without a dimension: a gate that is used twice, and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.gate, self.bias = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(-0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.layer(x) * self.gate + self.bias) * self.gate)
+
+
 def frozen_mlp() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     model[0].requires_grad_(False)
@@ -171,6 +183,7 @@ CASES = [
     Case("recurrent", Recurrent, lambda: (torch.randn(N, 5, 3), torch.randint(0, 3, (N,))), nn.CrossEntropyLoss),
     Case("called_twice_unused", Twice, rows, nn.CrossEntropyLoss),
     Case("bare_parameters", Bare, regression, nn.MSELoss),
+    Case("scalars", Scalars, rows, nn.CrossEntropyLoss),
     Case("frozen", frozen_mlp, rows, nn.CrossEntropyLoss),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case, build
+from cases import BY_NAME, CASES, Built, Case, build
 from loops import read_after_step, run
 from torch import Tensor, nn, optim
 from twins import trainable
@@ -96,6 +96,15 @@ def test_adam_moves_by_the_learning_rate_at_first() -> None:
     values = read_after_step(run(built, [optim.Adam(built.model.parameters(), eps=0)], 0), UpdateScale())
     assert float(values["rms"][0]) == pytest.approx(1, rel=1e-6)
     assert float(values["largest"][0]) == pytest.approx(1, rel=1e-6)
+
+
+def test_a_parameter_without_an_element_has_no_largest_entry() -> None:
+    model = nn.Module()
+    model.weight, model.nothing = nn.Parameter(torch.ones(2).double()), nn.Parameter(torch.zeros(0, 3).double())
+    built = Built(model, lambda call, x: x @ model.weight, torch.tensor([[3.0, -4.0]]).double())
+    values = read_after_step(run(built, [optim.SGD(model.parameters(), lr=0.1)], 0), UpdateScale())
+    assert values["largest"].tolist() == pytest.approx([4])
+    assert values["rms"].tolist() == pytest.approx([12.5**0.5])
 
 
 class Normalized(nn.Module):

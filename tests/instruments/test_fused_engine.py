@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from twins import example_gradients
 from zoo import ZOO, N, Odd, Recurrent
 
-from instruments import Probe, ProbeSettings
+from instruments import Probe, ProbeSettings, Refusal
 from instruments.meter import Meter
 from instruments.objective import as_objective
 from instruments.samples import fused_engine, rules
@@ -221,3 +221,18 @@ def test_a_penalty_on_the_parameters_is_seen() -> None:
     moments = measure(model, losses, [batch])
     assert_moments_of_rows = example_gradients(model, losses, batch)
     assert torch.allclose(moments.norms_sq_N, assert_moments_of_rows.square().sum(1))
+
+
+@pytest.mark.parametrize("engine", ["auto", "fused", "loop"])
+def test_a_penalty_on_the_parameters_of_call_is_seen(engine: str) -> None:
+    """torch.func calls a function that exchanges the parameters, which has none of its own."""
+    model, batch = built(Odd("tanh", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+                             lambda: torch.randn(N, 4)))  # fmt: skip
+
+    def losses(call: Any, pair: Any) -> Tensor:
+        decay = 0.1 * sum(p.square().sum() for p in call.parameters())
+        return F.cross_entropy(call(pair[0]), pair[1], reduction="none") + decay
+
+    assert_moments(measure(model, losses, [batch], engine, EVERYTHING), example_gradients(model, losses, batch))
+    with pytest.raises(Refusal, match=r"torch\.func cannot trace this model or loss: .* 'parameters'"):
+        measure(model, losses, [batch], "torch.func")

@@ -1,6 +1,8 @@
 """Size of the outputs and what they predict, against sums over single predictions."""
 
 import math
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -127,10 +129,39 @@ def test_nan_is_data() -> None:
     assert math.isnan(values["log_z"])
 
 
+class Named(OrderedDict[str, Tensor]):
+    """A mapping of a library's own, which torch does not know."""
+
+
+@dataclass
+class Held:
+    """No mapping, and nothing that torch can look into."""
+
+    z: Tensor
+
+
+class Holding(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(2, 3), kind
+
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(z=self.layer(x))
+
+
+def test_outputs_in_a_container_are_looked_into_or_named() -> None:
+    x = torch.randn(4, 2)
+    model = Holding(Named)
+    expected = read(model.layer, lambda call, batch: call(batch).sum(1), [x])
+    assert read(model, lambda call, batch: call(batch)["z"].sum(1), [x]) == pytest.approx(expected, nan_ok=True)
+    with pytest.raises(Refusal, match="tensors, got Held, which holds none that torch can see"):
+        read(Holding(Held), lambda call, batch: call(batch).z.sum(1), [x])
+
+
 def test_refusals() -> None:
     built = build(BY_NAME["residual"])
     with pytest.raises(Refusal, match="as a whole"):
         read(built.model, lambda call, batch: call.a(batch[0]).sum(1), [built.batch])
     batch = {"loss": torch.ones(()), "z": torch.ones(3, 2)}
-    with pytest.raises(Refusal, match="one number"):
+    with pytest.raises(Refusal, match=r"first in what the model returns \(tuple\), got one number"):
         read(Fixed(), lambda call, batch: call(batch)[1].sum(1), [batch])

@@ -69,6 +69,29 @@ def test_engines_equal_one_example_at_a_time(case: Case, engine: str) -> None:
     assert (alone.second_D, alone.inner_NL, alone.gram_NN) == (None, None, None)
 
 
+class Empty(nn.Module):
+    """Parameters without an element, in products at one position and at two, and in a sum over nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out, self.none = nn.Linear(4, 3), nn.Linear(3, 3), nn.Parameter(torch.zeros(2, 0))
+        self.bias, self.into = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(3, 0))
+        self.back, self.last = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.zeros(3, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x.unflatten(1, (2, 4)))
+        h = (h + (h @ self.into + self.bias) @ self.back).tanh().sum(1)
+        return torch.cat([self.out(h), h @ self.last], 1) + self.none.sum()
+
+
+@pytest.mark.parametrize("engine", ["fused", "torch.func", "loop", "auto"])
+def test_parameters_without_an_element_add_nothing(engine: str) -> None:
+    torch.manual_seed(0)
+    model, batch = Empty().double(), (torch.randn(6, 8).double(), torch.randint(0, 3, (6,)))
+    expected = example_gradients(model, nn.CrossEntropyLoss(), batch)
+    assert_moments(measure(model, nn.CrossEntropyLoss(), [batch], engine, EVERYTHING), expected)
+
+
 def test_auto_takes_the_cheapest_engine_that_can() -> None:
     for name, engine in (("mlp", "fused"), ("tied_attention", "fused"), ("recurrent", "fused")):
         built = build(BY_NAME[name])
