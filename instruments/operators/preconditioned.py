@@ -35,8 +35,15 @@ class PreconditionedOperator(Operator):
         return self._root_D * self._basis.into(hw_D + self._decay_D * w_D)
 
     def known(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Those of the Hessian: w = R v has v = R^-1 w, where every coordinate is trained."""
+        """Those of the Hessian, w = R v with v = R^-1 w, that are zero in coordinates which are not trained."""
         pairs = self._hessian.known()
-        if not pairs or not bool((self._root_D > 0).all()):
+        if not pairs:
             return ()
-        return [(self._basis.into(w_D) / self._root_D, self._image(w_D, hw_D)) for w_D, hw_D in pairs]
+        still_D = self._root_D == 0
+        outside_K = torch.stack([(self._basis.into(w_D) * still_D).any() for w_D, _ in pairs]).tolist()
+        inverse_D = torch.where(still_D, 0.0, 1 / self._root_D)
+        return [
+            (self._basis.into(w_D) * inverse_D, self._image(w_D, hw_D))
+            for (w_D, hw_D), outside in zip(pairs, outside_K, strict=True)
+            if not outside
+        ]

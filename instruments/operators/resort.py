@@ -12,7 +12,7 @@ from instruments.operators.operator import Operator, random_unit
 from instruments.operators.suspects import hooked_beyond_masks
 from instruments.refusal import Refusal
 
-KNOWN_LEAST, KNOWN_MOST, KNOWN_SCALARS = 4, 12, 2**27
+KNOWN_LEAST, KNOWN_MOST, KNOWN_SCALARS = 4, 16, 2**27
 """Products that are remembered for whoever reads the same matrix at this step: how many, and how much memory."""
 ASYMMETRY = 0.05
 """Of |u'Hv - v'Hu| against what |u'Hv| is for random unit vectors, |Hv| / sqrt(D); rounding leaves 1e-4 of it."""

@@ -99,7 +99,11 @@ def test_products_of_the_hessian_are_products_of_the_preconditioned_one() -> Non
     operator = PreconditionedOperator(hessian, d, c)
     for v, image in operator.known():
         assert torch.allclose(operator.matvec(v), image)
-    assert not PreconditionedOperator(hessian, torch.tensor([1.0, 0, 1]).double(), c).known()
+    still = PreconditionedOperator(hessian, torch.tensor([1.0, 0, 1]).double(), c)
+    assert len(still.known()) == 2, "not that along the coordinate which does not move"
+    for v, image in still.known():
+        assert torch.allclose(still.matvec(v), image)
+    assert all(torch.equal(v, e) for (v, _), e in zip(hessian.known(), torch.eye(3).double(), strict=True))
 
 
 @pytest.mark.parametrize(("optimizer", "free"), [(torch.optim.SGD, True), (torch.optim.Adam, False)])
