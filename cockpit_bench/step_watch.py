@@ -1,8 +1,10 @@
 """Knows when an optimizer step begins and ends, by the hooks of torch's optimizers, and nothing else.
 
-The hooks sit on the optimizers (which do not pickle or copy them), refer weakly to the cockpit, and go with it.
+The hooks sit on the optimizers (which do not pickle or copy them), refer weakly to the cockpit, and go with it. In a
+forked child they do nothing.
 """
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -39,11 +41,11 @@ class StepWatch:
 
 
 def _weak(method: Callable[[optim.Optimizer], None]) -> Callable[..., None]:
-    reference = weakref.WeakMethod(method)
+    reference, process = weakref.WeakMethod(method), os.getpid()
 
     def hook(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
         alive = reference()
-        if alive is not None:
+        if alive is not None and os.getpid() == process:
             alive(optimizer)
 
     return hook
