@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import optim
 
 
@@ -41,6 +42,7 @@ class StepWatch:
 
 
 def _weak(method: Callable[[optim.Optimizer], None]) -> Callable[..., None]:
+    """A compiled step calls it and does not look into it: what runs the model in there could not be compiled."""
     reference, process = weakref.WeakMethod(method), os.getpid()
 
     def hook(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -48,7 +50,8 @@ def _weak(method: Callable[[optim.Optimizer], None]) -> Callable[..., None]:
         if alive is not None and os.getpid() == process:
             alive(optimizer)
 
-    return hook
+    unseen: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return unseen
 
 
 def as_optimizers(given: Any) -> tuple[Any, ...]:
