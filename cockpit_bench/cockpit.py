@@ -109,6 +109,11 @@ class Cockpit:
         self._ending, self._steps, self._accumulate = Ending(target), steps, accumulate
         self._closed, self._at_exit = False, AtExit(self.close)
 
+    @property
+    def _away(self) -> bool:
+        """Switched off, or inherited by a forked child, whose training is no part of the run."""
+        return not self.enabled or self._recorder.inherited
+
     # What the user's loop calls.
 
     @property
@@ -122,7 +127,7 @@ class Cockpit:
         `batch` is what the loss was computed on, `loss` the number that backward was called on (before a GradScaler's
         scaling); with `accumulate=k` every k calls are one step and their losses add up.
         """
-        if not self.enabled or self._closed:
+        if self._away or self._closed:
             return
         with self.clock.bucket("observe"):
             try:
@@ -137,7 +142,7 @@ class Cockpit:
     @contextmanager
     def evaluating(self) -> Iterator[Callable[..., None]]:
         """Off the training clock. Yields a function that logs the metrics it is given by name."""
-        if not self.enabled:
+        if self._away:
             yield lambda **metrics: None
             return
         self._observer.settle()
@@ -153,7 +158,7 @@ class Cockpit:
 
     def log(self, **values: float | Tensor) -> None:
         """The user's own scalars, on the axis of the run."""
-        if self.enabled:
+        if not self._away:
             self._recorder.write(Metrics(self.step, self.clock.training, self._numbers(values), "user"))
 
     def _numbers(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
@@ -168,7 +173,7 @@ class Cockpit:
 
     def event(self, name: str, **detail: Any) -> None:
         """Something of the user's own that happened once, with whatever numbers and texts belong to it."""
-        if self.enabled:
+        if not self._away:
             self._observer.event(name, **detail)
 
     def read(self, instrument: str | Instrument, batch: Batch | None = None, *, ranks: Any = None) -> Reading:
@@ -244,7 +249,7 @@ class Cockpit:
 
     def close(self, status: Status | None = None, reason: str = "") -> Outcome | None:
         """End the run: the outcome is written, the summary printed, hooks and sinks are closed. Safe to call twice."""
-        if not self.enabled or self._closed:
+        if self._away or self._closed:
             return self.outcome
         self._closed = True
         self._at_exit.cancel()
@@ -261,12 +266,12 @@ class Cockpit:
 
     def write_text(self, name: str, text: str) -> None:
         """Put a small text file into the run folder, if there is one."""
-        if self.enabled and self._recorder.folder is not None:
+        if not self._away and self._recorder.folder is not None:
             self._recorder.folder.write_text(name, text)
 
     def save_checkpoint(self, name: str, **parts: Any) -> None:
         """Save the parts (state dictionaries by name) and the cockpit's own state into the run's `checkpoints/`."""
-        if self.enabled and self._recorder.folder is not None:
+        if not self._away and self._recorder.folder is not None:
             torch.save({**parts, "cockpit": self.state_dict()}, self._recorder.folder.checkpoints / name)
 
     def __enter__(self) -> "Cockpit":

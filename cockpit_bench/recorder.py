@@ -24,7 +24,8 @@ class Recorder:
     a checkpoint may have been loaded, so what depends on it is opened there.
 
     Of several processes that train together only rank 0 writes: the others keep their records in memory, and neither
-    folder, console nor the user's own sinks hear of them.
+    folder, console nor the user's own sinks hear of them. A forked child has the files of its parent: it writes nothing
+    and closes nothing, since the threads that some sinks wait for do not live on in it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Recorder:
         about = {**about, "process": asdict(process)}
         self.memory = MemorySink(KEPT_IN_MEMORY)
         self._clock, self._about, self._begun, self._closed = clock, about, False, False
+        self._process = os.getpid()
         self.from_step = 0  # of the checkpoint that a resumed run goes on from
         self.folder = RunFolder.create(logdir, resume=resume) if logdir is not None else None
         self._resumed = self.folder is not None and self.folder.log_path.exists()
@@ -61,12 +63,17 @@ class Recorder:
         self._wants_tensorboard = sinks is None and self.folder is not None
         self._fanout = Fanout(own)
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this process was forked from the one that opened the run, whose it remains."""
+        return os.getpid() != self._process
+
     def write(self, record: Record) -> None:
         """To every sink, in the log bucket. Never raises: a sink that fails is switched off with a message.
 
         What comes after the outcome is not part of the run.
         """
-        if self._closed:
+        if self._closed or self.inherited:
             return
         with self._clock.bucket("log"):
             if not self._begun:
@@ -91,7 +98,7 @@ class Recorder:
 
     def progress(self, step: int) -> None:
         """The status file says how far the run is."""
-        if self._closed:
+        if self._closed or self.inherited:
             return
         with self._clock.bucket("log"):
             self._status({"state": "running", "pid": os.getpid(), "step": step, "seconds": self._clock.training})

@@ -1,14 +1,17 @@
 """Knows when an optimizer step begins and ends, by the hooks of torch's optimizers, and nothing else.
 
-The hooks sit on the optimizers (which do not pickle or copy them), refer weakly to the cockpit, and go with it.
+The hooks sit on the optimizers (which do not pickle or copy them), refer weakly to the cockpit, and go with it. In a
+forked child they do nothing.
 """
 
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
+import torch
 from torch import optim
 
 STEP = optim.Optimizer.profile_hook_step(lambda *args: None).__code__  # what torch wraps round every class's step
@@ -43,14 +46,16 @@ class StepWatch:
 
 
 def _weak(method: Callable[[optim.Optimizer], None]) -> Callable[..., None]:
-    reference = weakref.WeakMethod(method)
+    """A compiled step calls it and does not look into it: what runs the model in there could not be compiled."""
+    reference, process = weakref.WeakMethod(method), os.getpid()
 
     def hook(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
         alive = reference()
-        if alive is not None and running_steps(optimizer) <= 1:
+        if alive is not None and os.getpid() == process and running_steps(optimizer) <= 1:
             alive(optimizer)
 
-    return hook
+    unseen: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return unseen
 
 
 def running_steps(optimizer: optim.Optimizer) -> int:

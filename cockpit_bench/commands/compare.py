@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,13 +30,20 @@ def call(arguments: argparse.Namespace) -> None:
 
 
 def _runs(paths: list[Path]) -> list[Run]:
-    """Run folders, and every finished run in folders of runs."""
-    folders: list[Path] = []
+    """Run folders, and every finished run in folders of runs. A run that was named must be readable; one that was found
+    in a folder is else left out with a line that says why."""
+    runs: dict[Path, Run] = {}
     for path in paths:
         inside = sorted(log.parent for log in path.glob(f"*/{LOG}"))
-        folders += [path] if (path / LOG).exists() or not inside else inside
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    ended = [run for run in runs if run.outcome is not None]
+        if (path / LOG).exists() or not inside:
+            runs[path] = read_run(path)
+            continue
+        for folder in inside:
+            try:
+                runs[folder] = read_run(folder)
+            except (ValueError, OSError) as error:
+                print(f"cockpit-bench: left out: {error}", file=sys.stderr)
+    ended = [run for run in runs.values() if run.outcome is not None]
     if not ended:
         raise ValueError(f"expected at least one run that has ended, got {len(runs)} that have not")
     return ended

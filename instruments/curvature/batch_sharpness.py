@@ -41,8 +41,9 @@ class BatchSharpness(Instrument):
     edge 2, also for Adam; with D for an alternating gradient, hence the line of large batches.
 
     Momentum form and lines are NaN, with the reason in the provenance, for other optimizers than torch's SGD and for
-    several learning rates, momenta or decays; `preconditioned` for those whose D is not known; all forms for a zero
-    gradient. All are of the loss that is given: where accumulated losses are added instead of averaged, k of them, the
+    several learning rates, momenta or decays; `preconditioned` for those whose D is not known. A zero gradient is left
+    out of all means. A batch whose gradient or curvature is not finite leaves no trace, and all forms are NaN at that
+    step. All are of the loss that is given: where accumulated losses are added instead of averaged, k of them, the
     edges are at 1/k of what they say. The masks of dropout are not those of the training step. Comparing batches of
     another size is comparing another expectation.
     """
@@ -77,9 +78,10 @@ class BatchSharpness(Instrument):
     def advance(self, view: View, state: State) -> tuple[Values, State]:
         g_D = view.step_gradient_D
         row = [*_form(view, g_D, g_D), *self._momentum(view, g_D), *self._preconditioned(view, g_D)]
-        rows = [*state["sums"], row][-self.pool :]
-        sums = np.array(rows)
-        plain = sums[np.isfinite(sums[:, :2]).all(1) & (sums[:, 1] > 0), :2]
+        known = np.isfinite(row[:2]).all()
+        rows = [*state["sums"], row][-self.pool :] if known else state["sums"]
+        sums = np.array(rows if known else []).reshape(-1, len(row))
+        plain = sums[sums[:, 1] > 0, :2]
         low, high = lines(view)
         values: Values = {
             "batch_sharpness": mean_of(sums[:, 0], sums[:, 1]),
@@ -108,12 +110,18 @@ class BatchSharpness(Instrument):
 
 
 def _form(view: View, d_D: Tensor, g_D: Tensor) -> tuple[float, float]:
-    """d'Hd and d'g for the Hessian of the step's batch; the product is with d / |d|, which does not overflow."""
-    norm = d_D.norm()
-    unit_D = d_D / norm
-    bent = torch.dot(unit_D, view.step_hessian.matvec(unit_D)) * norm.square()
-    top, bottom = torch.stack([bent, torch.dot(d_D, g_D)]).tolist()
+    """d'Hd and d'g for the Hessian of the step's batch; products are of unit vectors, whose squares are in range."""
+    (d_norm, d_unit_D), (g_norm, g_unit_D) = _unit(d_D), _unit(g_D)
+    bent = torch.dot(d_unit_D, view.step_hessian.matvec(d_unit_D)).double()
+    along = torch.dot(d_unit_D, g_unit_D).double()
+    top, bottom = torch.stack([bent * d_norm.square(), along * d_norm * g_norm]).tolist()
     return top, bottom
+
+
+def _unit(x_D: Tensor) -> tuple[Tensor, Tensor]:
+    """|x| in double precision, and x / |x|; zeros for zeros."""
+    norm = torch.linalg.vector_norm(x_D, dtype=torch.float64)
+    return norm, torch.where(norm > 0, x_D / norm, torch.zeros_like(x_D))
 
 
 def not_sgd(states: Sequence[ParameterState]) -> str | None:

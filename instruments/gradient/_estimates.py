@@ -48,11 +48,12 @@ def jackknife(left_out_N: Array) -> float:
 class Shares(NamedTuple):
     """gbar^2 / E g^2 by coordinate, (D,): x/(1 + x) of the ratio x of the squared mean to the variance over N (not
     N - 1) examples, so it orders the coordinates as x does. Those whose variance is rounding are at `most` or above it,
-    infinite or NaN; `heard` are below."""
+    infinite or NaN; `heard` are below. `silent` is the share of the others, NaN where a gradient is not finite."""
 
     share_D: Tensor
     most: float
     heard: int
+    silent: float
 
 
 def shares(moments: SampleMoments) -> Shares:
@@ -68,7 +69,9 @@ def shares(moments: SampleMoments) -> Shares:
     share_D = torch.cat(torch._foreach_div(torch._foreach_mul(mean, mean), above))
     n = moments.examples
     most = 1 - rounding * (n - 1) / n
-    return Shares(share_D, most, int(np.count_nonzero((share_D < most).cpu().numpy())))
+    heard = int(np.count_nonzero((share_D < most).cpu().numpy()))
+    silent = 1 - heard / moments.layout.size if all(map(math.isfinite, floors)) else math.nan
+    return Shares(share_D, most, heard, silent)
 
 
 def lowest_median(values: Tensor, count: int) -> float:

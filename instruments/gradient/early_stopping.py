@@ -3,6 +3,7 @@
 Shapes: N = examples of the step, D = coordinates with variance, K = readings pooled.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,7 +33,8 @@ class EarlyStopping(Instrument):
     (N - 1)/(N - 3), so the criterion stands at -2/(N - 3) where it should be 0 and a small batch never stops.
     `corrected` multiplies the sum by (N - 3)/(N - 1); below four examples that mean does not exist and the reading is
     refused. Both are means over the last `pool` readings with their standard error, unknown (NaN) at the first, since
-    the coordinates of one batch are far from independent; `of_batch` is the criterion of this batch alone.
+    the coordinates of one batch are far from independent; `of_batch` is the criterion of this batch alone. Where a
+    gradient is not finite all values are NaN, and later readings pool what came before.
     """
 
     pool: int = 20
@@ -55,22 +57,23 @@ class EarlyStopping(Instrument):
     def advance(self, view: View, state: State) -> tuple[Values, State]:
         moments = view.moments
         n = require_examples(moments, 4)
-        total, heard = signal_over_noise(moments)
-        mean = n * total / heard if heard else NAN
-        silent = 1 - heard / moments.layout.size
+        total, heard, silent = signal_over_noise(moments)
+        known = not math.isnan(silent)
+        mean = n * total / heard if heard and known else NAN
         reading = (1 - mean, 1 - (n - 3) / (n - 1) * mean)
-        readings = [*state["readings"], reading][-self.pool :] if np.isfinite(mean) else state["readings"]
-        criterion, corrected = pooled_means(readings)
+        readings = [*state["readings"], reading][-self.pool :] if math.isfinite(mean) else state["readings"]
+        criterion, corrected = pooled_means(readings if known else [])
         values: Values = {"criterion": criterion, "corrected": corrected, "of_batch": 1 - mean, "silent": silent}
         return values, {"readings": readings}
 
 
-def signal_over_noise(moments: SampleMoments) -> tuple[float, int]:
-    """Sum of gbar_j^2 / s_j^2 over the coordinates whose variance is more than rounding, and their number."""
-    share_D, most, heard = shares(moments)
+def signal_over_noise(moments: SampleMoments) -> tuple[float, int, float]:
+    """Sum of gbar_j^2 / s_j^2 over the coordinates whose variance is more than rounding, their number, and the share of
+    the others, NaN where a gradient is not finite."""
+    share_D, most, heard, silent = shares(moments)
     share_D = torch.where(share_D < most, share_D, 0.0).double()
     n = moments.examples
-    return float((share_D / (1 - share_D)).sum()) * (n - 1) / n, heard
+    return float((share_D / (1 - share_D)).sum()) * (n - 1) / n, heard, silent
 
 
 def pooled_means(readings_K2: Sequence[tuple[float, float]]) -> tuple[Estimate, Estimate]:

@@ -40,7 +40,8 @@ class NoiseScale(Instrument):
     `at_least`: the limits are Fieller's, two standard errors wide, so where the interval of the pooled G^2 contains 0
     the upper one is infinite and the lower one holds. Pooling takes the readings as one state of training: with few of
     them, or a scale that grows while they are taken, the limits are too narrow. `per_layer` pools each parameter tensor
-    by itself. The norm test is theta^2 = S^2 / (N |g_B|^2), about x/(1 + x) for x = B_simple/N.
+    by itself. A gradient that is not finite stays out of the pool, and what is pooled reads NaN at that step. The norm
+    test is theta^2 = S^2 / (N |g_B|^2), about x/(1 + x) for x = B_simple/N.
     """
 
     pool: int = 20
@@ -77,17 +78,19 @@ class NoiseScale(Instrument):
         known, pairs_K2L = state["pairs"], pair_2L[None][:0]
         if isinstance(known, Tensor) and known.shape[2:] == a_L.shape:
             pairs_K2L = known.numpy()
-        if np.isfinite(pair_2L).all():
+        finite = np.isfinite(pair_2L).all()
+        if finite:
             pairs_K2L = np.concatenate([pairs_K2L, pair_2L[None]])[-self.pool :]
+        pooled_K2L = pairs_K2L if finite else pairs_K2L[:0]
         a, q = float(a_L.sum()), float(q_L.sum())
         trace, squared = pair_2L.sum(1).tolist()
-        totals_K2 = pairs_K2L.sum(2)
+        totals_K2 = pooled_K2L.sum(2)
         lower, upper = limits(totals_K2)
         values: Values = {
             "noise_scale": pooled_ratio(totals_K2),
             "at_least": lower,
             "at_most": upper,
-            "per_layer": pooled_by_layer(pairs_K2L),
+            "per_layer": pooled_by_layer(pooled_K2L),
             "norm_test": trace * n / q if q > 0 else float("nan"),
             "sum_of_squared_norms": a,
             "squared_norm_of_sum": q,

@@ -3,6 +3,7 @@
 Shapes: N = examples of the step, D = trainable scalars, L = trained parameter tensors.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +29,8 @@ class SignalToNoise(Gauge):
     where there is no signal at all. Under pure noise r_j is negative for two coordinates in three, and so is the
     median, by about -0.55/N. `aggregate` is the ratio of the sums over coordinates, |G|^2 / tr(Sigma), the inverse of
     the noise scale; its standard error is the jackknife over the examples. Coordinates without variance (a unit that is
-    dead for the whole batch, or all rounding) are left out and counted. No constant is added to the denominator.
+    dead for the whole batch, or all rounding) are left out and counted. No constant is added to the denominator. Where
+    a gradient is not finite, all values are NaN but those of layers that are.
     """
 
     outputs: ClassVar[Mapping[str, Output]] = {
@@ -49,11 +51,11 @@ class SignalToNoise(Gauge):
     def read(self, view: View) -> Values:
         moments = view.moments
         n = require_examples(moments, 2)
-        share_D, _, heard = shares(moments)
-        median = lowest_median(share_D, heard) if heard else NAN
+        share_D, _, heard, silent = shares(moments)
+        median = lowest_median(share_D, heard) if heard and not math.isnan(silent) else NAN
         a_L, q_L = moments.sum_of_squares_L, moments.square_of_sum_L
-        (left_A_N, left_Q_N), m = moments.left_out_totals, n - 1
         with np.errstate(divide="ignore", invalid="ignore"):
+            (left_A_N, left_Q_N), m = moments.left_out_totals, n - 1
             noise_L = trace_of(a_L, q_L, n)
             signal_L = q_L / n**2 - noise_L / n
             left_out_N = left_A_N * NAN
@@ -63,5 +65,5 @@ class SignalToNoise(Gauge):
                 "aggregate": Estimate(float(signal_L.sum() / noise_L.sum()), jackknife(left_out_N)),
                 "median": median / (1 - median) * (n - 1) / n - 1 / n,
                 "per_layer": signal_L / noise_L,
-                "silent": 1 - heard / moments.layout.size,
+                "silent": silent,
             }

@@ -45,7 +45,8 @@ class DeadUnits(Gauge):
     1 - 0.05^(1/N), about 3/N. With few examples sparse units look dead. In training mode the reading is of the batch
     under its dropout and batch statistics. Dead units follow from a step that was too large, from inputs that are not
     scaled and from gradients that were not zeroed as well as from a bad start: look for the cause before changing the
-    activation. NaN outputs are neither zero nor saturated. At most 200 activations are listed; the totals are over all.
+    activation. An activation with outputs that are NaN has NaN shares, and so has the total that it is part of. At most
+    200 activations are listed; the totals are over all.
     """
 
     outputs: ClassVar[Mapping[str, Output]] = {
@@ -70,11 +71,11 @@ class DeadUnits(Gauge):
                 "clamp at 0, tanh, sigmoid); recurrent layers are not read inside."
             )
         names, kinds = list(units.found), list(units.found.values())
-        stuck = [k.stuck_U.double() for k in kinds]
+        nan = math.nan
+        stuck = [k.stuck_U.double().masked_fill(k.broken, nan) for k in kinds]
         share_M = torch.stack([u.mean() for u in stuck])
         squashes_M = torch.tensor([k.squashes for k in kinds], device=share_M.device)
-        saturation_M = torch.stack([k.count.double() / k.numel for k in kinds])
-        nan = share_M.new_tensor(math.nan)
+        saturation_M = torch.stack([(k.count.double() / k.numel).masked_fill(k.broken, nan) for k in kinds])
         examples = sum(map(examples_of, view.batches))
         listed = shown(names)
         view.meter.provenance["modules"] = [names[i] for i in listed]
@@ -94,12 +95,14 @@ def _mean(pieces: list[Tensor]) -> Tensor | float:
 
 @dataclass
 class _Units:
-    """One activation: which units were stuck in every call, and how many outputs of how many were."""
+    """One activation: which units were stuck in every call, how many outputs of how many were, and whether any was NaN,
+    which is neither."""
 
     squashes: bool
     stuck_U: Tensor
     count: Tensor
     numel: int
+    broken: Tensor
 
 
 class _Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -128,16 +131,16 @@ class _Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, kind: str, out: Tensor) -> None:
         dim = unit_dimension(self._calls.last, out)
-        stuck = _stuck(kind, out)
+        stuck, broken = _stuck(kind, out), out.isnan().any()
         stuck_U = stuck.movedim(dim, 0).flatten(1).all(1)
         name = kind if self._calls.last is None else f"{self._calls.last.label}.{kind}"
         if name in self.found and len(self.found[name].stuck_U) != len(stuck_U):
             name = f"{name}.{len(stuck_U)}"  # the same layer at another width
         known = self.found.get(name)
         if known is None:
-            self.found[name] = _Units(kind in SQUASHERS, stuck_U, stuck.sum(), stuck.numel())
+            self.found[name] = _Units(kind in SQUASHERS, stuck_U, stuck.sum(), stuck.numel(), broken)
         else:
-            known.stuck_U = known.stuck_U & stuck_U
+            known.stuck_U, known.broken = known.stuck_U & stuck_U, known.broken | broken
             known.count, known.numel = known.count + stuck.sum(), known.numel + stuck.numel()
 
 

@@ -37,7 +37,9 @@ class Alpha(Gauge):
     in much noise perfect; here the same batch, masks and mode stand at both ends, and theta^2 does not enter.
 
     A concave fit (c <= 0) has no minimum: alpha is then -1 or less, and `concave` tells it from a tiny step. A step
-    uphill or none (b >= 0) has alpha NaN and sets `uphill`. For the value alone `step/step_ratio` is cheaper.
+    that does not go downhill (b >= 0) has alpha NaN and sets `uphill`. Where no example has a slope (a step of length
+    zero, as a warm-up may begin with, or no gradient), and where the fit is NaN, alpha and both flags are NaN. For the
+    value alone `step/step_ratio` is cheaper.
     """
 
     outputs: ClassVar[Mapping[str, Output]] = {
@@ -61,12 +63,13 @@ class Alpha(Gauge):
         slope_N, bend_N = losses_3N[0], losses_3N[1] - losses_3N[2] - losses_3N[0]
         slope, bend = _mean(slope_N), _mean(bend_N)
         b, c = float(slope.value), float(bend.value)
+        known = bool(slope_N.any()) and not math.isnan(b + c)
         return {
             "alpha": Estimate(float(alpha(b, c)), _jackknife(slope_N, bend_N)),
             "slope": slope,
             "curvature": Estimate(2 * c, 2 * float(bend.stderr)),
-            "concave": float(c <= 0),
-            "uphill": float(b >= 0),
+            "concave": float(c <= 0) if known else math.nan,
+            "uphill": float(b >= 0) if known else math.nan,
         }
 
 

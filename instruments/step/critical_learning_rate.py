@@ -26,8 +26,9 @@ class CriticalLearningRate(Gauge):
     would have done to this step; with momentum or Adam the line is that of the step taken, and what a changed learning
     rate does over many steps is another question (`curvature/preconditioned_sharpness`). The loss is that of one
     mini-batch, on which longer steps look better than on others. A loss that rises and falls again along the line is
-    read up to the first rise on the ladder. What is not finite counts as above; a loss that is not finite at the start
-    makes every value NaN.
+    read up to the first rise on the ladder. What is not finite counts as above. A loss that is not finite at the start,
+    or the same at every multiple (a step of length zero, as a warm-up may begin with; a model without gradient), makes
+    every value NaN.
     """
 
     multipliers: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -67,7 +68,8 @@ class CriticalLearningRate(Gauge):
         line = Line(lambda m: float(view.loss_at(m)), max(torch.finfo(p.dtype).eps for p in view.layout.params))
         line.climb(self.multipliers)
         line.halve(self.refinements)
-        critical, best, known = line.critical(), line.best(), math.isfinite(line.losses[0.0])
+        known = math.isfinite(line.losses[0.0]) and len(set(line.losses.values())) > 1
+        critical, best = (line.critical(), line.best()) if known else (math.nan, math.nan)
         rates_G = groups.rates(torch.empty(0, dtype=torch.float64))
         return {
             "critical": critical,
@@ -115,8 +117,6 @@ class Line:
 
     def critical(self) -> float:
         """Where the loss is back at its start; `low` where the loss at `high` is not finite or not known."""
-        if not math.isfinite(self.losses[0.0]):
-            return math.nan
         if self.low == 0 or self.high == math.inf or not math.isfinite(self.losses[self.high]):
             return self.low
         falling, rising = min(self._gain(self.low), 0.0) / self.low, self._gain(self.high) / self.high
@@ -125,8 +125,6 @@ class Line:
     def best(self) -> float:
         """The lowest point of the parabola through the lowest loss and its neighbours."""
         points = sorted((m, loss) for m, loss in self.losses.items() if math.isfinite(loss))
-        if not points:
-            return math.nan
         i = min(range(len(points)), key=lambda j: points[j][1])
         if i in (0, len(points) - 1):
             return points[i][0]

@@ -82,6 +82,20 @@ def test_the_command_prints_and_draws(root: Path, capsys: pytest.CaptureFixture[
     assert facts["groups"][1]["entries"][1]["steps"] == "Infinity"
 
 
+def test_what_cannot_be_read_is_left_out_of_a_folder_of_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("dead-1", "dead-2"):
+        (root / name).mkdir()
+        (root / name / "log.jsonl").touch()
+    assert cli.main(["compare", str(root)]) == 0
+    said = capsys.readouterr()
+    assert "blobs sgd took 2.5 times the steps" in said.out
+    assert [line.split(", got")[0] for line in said.err.splitlines()] == [
+        f"cockpit-bench: left out: expected records in {root / name / 'log.jsonl'}" for name in ("dead-1", "dead-2")
+    ]
+    assert cli.main(["compare", str(root), str(root / "dead-1")]) == 2
+    assert "cockpit-bench: expected records in" in capsys.readouterr().err
+
+
 def test_runs_that_have_not_ended_are_left_out_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "one"
     folder.mkdir()

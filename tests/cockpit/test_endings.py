@@ -1,5 +1,6 @@
 """How runs end: whatever it is, the outcome is in the log and the log can be read."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from loop_cases import CASES, Training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from watching import events, readings, watch
 
-from cockpit_bench import Outcome, at_least, read_run
+from cockpit_bench import Metrics, Outcome, at_least, read_run
 from cockpit_bench.sinks import TensorBoardSink
 
 PLAIN = CASES[0]
@@ -104,6 +105,19 @@ def test_a_program_that_never_closes(tmp_path: Path, ending: str, status: str, r
     outcome = outcome_of(tmp_path / "run")
     assert (outcome.status, outcome.reason, outcome.step) == (status, reason, 5)
     log_is_intact(tmp_path / "run", 5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_leaves_the_run_to_its_parent(tmp_path: Path) -> None:
+    """It trains on and exits, and neither waits for the threads of the sinks nor writes into the folder."""
+    folder = tmp_path / "run"
+    program = user_program(folder, "forks")
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 0, said
+    log_is_intact(folder, 7)
+    assert not [r for r in read_run(folder).records if isinstance(r, Metrics) or getattr(r, "name", "") == "hello"]
+    assert not (folder / "note.txt").exists()
+    assert not (folder / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("ending", ["waits", "waits in with"])

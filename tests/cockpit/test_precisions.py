@@ -77,6 +77,21 @@ def test_a_compiled_model_reads_as_the_module_inside(backend: str, adam_run: Coc
     same_refusals(cockpit, training)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_optimizer_step_reads_as_the_plain_one(backend: str, adam_run: Cockpit) -> None:
+    """What is read after the step runs the model from within what is compiled."""
+    training = Training(ADAM)
+    step = torch.compile(training.take_step, backend=backend)
+
+    def loop(training: Training, cockpit: Cockpit, number: int) -> None:
+        cockpit.observe(*training.backward(number))
+        step()
+
+    cockpit = observed(training, loop)
+    assert apart(adam_run, cockpit, rel=1e-4) == {}
+    same_refusals(cockpit, training)
+
+
 def test_the_comparison_sees_a_difference(adam_run: Cockpit) -> None:
     """Another learning rate is another run, and an exception covers its own outputs alone."""
     other = observed(Training(Case("other", net, lambda model: [optim.Adam(model.parameters(), lr=0.02)])))

@@ -224,9 +224,16 @@ def test_concave_and_uphill_are_said_apart_from_no_move() -> None:
     assert math.isnan(up["alpha"].value)
     assert math.isnan(up["alpha"].stderr)
     assert (up["concave"], up["uphill"]) == (1, 1)
-    still = read(bowl, losses, x_ND, lambda: None)
-    assert math.isnan(still["alpha"].value)
-    assert still["uphill"] == 1
+
+
+@pytest.mark.parametrize("why", ["no_step", "no_gradient", "not_finite"])
+def test_a_step_without_slope_goes_neither_uphill_nor_down(why: str) -> None:
+    bowl = Quadratic(torch.tensor([1.0]), torch.tensor([math.nan if why == "not_finite" else 1.0]))
+    x_ND = torch.full((3, 1), 1.0 if why == "no_gradient" else 0.0).double()
+    values = read(bowl, losses, x_ND, lambda: bowl.theta.sub_(0.0 if why == "no_step" else 0.5))
+    assert math.isnan(values["alpha"].value)
+    assert math.isnan(values["concave"])
+    assert math.isnan(values["uphill"])
 
 
 def test_one_example_has_no_error_and_one_that_decides_an_infinite_one() -> None:

@@ -20,6 +20,7 @@ from instruments.probe import Probe
 from instruments.view import View
 
 DRAWS = 300
+POOLED = ("batch_sharpness", "ratio_of_means", "momentum_form", "preconditioned")
 
 
 def gradient(built: Built) -> Tensor:
@@ -157,7 +158,7 @@ def test_one_reading_that_drowns_the_others_has_no_known_error() -> None:
     assert (found.value, found.stderr) == (2.0, np.inf)
 
 
-def test_pooling_forgets_and_leaves_out_what_is_not_a_ratio() -> None:
+def test_pooling_forgets_and_a_batch_that_is_not_finite_reads_nan_and_leaves_no_trace() -> None:
     built, state = case("mlp"), None
     optimizer = optim.SGD(built.model.parameters(), lr=0.1)
     kept = built.model[0].weight.detach().clone()
@@ -167,8 +168,38 @@ def test_pooling_forgets_and_leaves_out_what_is_not_a_ratio() -> None:
             built.model[0].weight.copy_(kept * (torch.nan if step == 3 else 1 + step / 10))
         values, state, _ = take(BatchSharpness(pool=3), built, [optimizer], state=state, step=step)
         seen.append(values["this_batch"])
-    assert np.isnan(seen[3])
-    assert values["batch_sharpness"].value == pytest.approx((seen[2] + seen[4]) / 2)
-    assert values["batch_sharpness"].stderr == pytest.approx(abs(seen[2] - seen[4]) / 2)
-    assert (values["readings"], len(state["sums"])) == (2.0, 3)
+        pooled = [values[name].value for name in POOLED]
+        assert np.isnan([seen[-1], *pooled]).all() if step == 3 else np.isfinite([seen[-1], *pooled]).all()
+        assert values["readings"] == (0.0 if step == 3 else min(len(state["sums"]), 3))
+    last = [seen[1], seen[2], seen[4]]
+    assert values["batch_sharpness"].value == pytest.approx(np.mean(last))
+    assert values["batch_sharpness"].stderr == pytest.approx(np.std(last, ddof=1) / np.sqrt(3))
     assert isinstance(values["ratio_of_means"], Estimate)
+
+
+def test_a_batch_without_gradient_has_no_ratio_and_keeps_the_pooled_ones() -> None:
+    built = case("mlp")
+    optimizer = optim.SGD(built.model.parameters(), lr=0.1)
+    before, state, _ = take(BatchSharpness(), built, [optimizer])
+    flat = Built(built.model, lambda call, batch: 0 * call(batch[0]).square().sum(1), built.batch)
+    values, _, _ = take(BatchSharpness(), flat, [optimizer], state=state)
+    assert np.isnan(values["this_batch"])
+    assert [values[name] for name in POOLED] == [
+        Estimate(pytest.approx(before[name].value), pytest.approx(before[name].stderr, nan_ok=True)) for name in POOLED
+    ]
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e15])
+def test_ratios_are_those_of_the_loss_whatever_its_unit(scale: float) -> None:
+    """In single precision, where squares of such gradients are zero or infinite."""
+    model, batch = nn.Linear(4, 3), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for unit in (1.0, scale):
+        built = Built(model, lambda call, x, unit=unit: unit * call(x).square().sum(1), batch)
+        model.zero_grad()
+        total_loss(model, built.loss, batch).backward()
+        optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        values, state, _ = take(BatchSharpness(), built, [optimizer])
+        values, _, _ = take(BatchSharpness(), built, [optimizer], state=state)
+        found.append([values["this_batch"] / unit, *(values[name].value / unit for name in POOLED)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

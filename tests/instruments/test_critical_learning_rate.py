@@ -107,10 +107,11 @@ def test_a_loss_that_is_not_finite_at_the_start_reads_nan() -> None:
     assert values["forwards"] == 1
 
 
-def test_no_step_does_not_rise() -> None:
-    values, _ = read(lambda t: t.square(), 1.0, 0.0)
-    assert values["still_falling"] == 1
-    assert values["best"] == 0
+@pytest.mark.parametrize(("f", "step"), [(Tensor.square, 0.0), (lambda t: 0 * t + 2, 1.0)], ids=["no_step", "flat"])
+def test_a_loss_that_is_the_same_all_along_has_no_critical_multiple(f: Callable[[Tensor], Tensor], step: float) -> None:
+    values, _ = read(f, 1.0, step)
+    assert values.pop("forwards") == 8
+    assert all(torch.as_tensor(value).isnan().all() for value in values.values()), values
 
 
 @pytest.mark.parametrize("ladder", [(), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0)])

@@ -165,10 +165,21 @@ def test_the_bound_covers_the_activity_of_a_unit_that_looks_dead() -> None:
     assert values["bound"] == pytest.approx(3 / 200, rel=0.02)
 
 
-def test_nan_is_not_dead() -> None:
-    built = build(BY_NAME["in_place_relu"])
-    values, _ = read(built.model, torch.full((4, 4), float("nan"), dtype=torch.float64))
-    assert values["dead_units"].tolist() == [0.0]
+def test_outputs_that_are_nan_are_not_known_to_be_stuck_or_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.Tanh()).double()
+    x = torch.randn(4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        model[2].bias[0] = torch.nan
+    values, _ = read(model, x)
+    assert values["dead_units"].isnan().tolist() == [False, True]
+    assert math.isfinite(values["dead"])
+    assert math.isnan(values["saturated"])
+    assert values["saturated_units"].isnan().all()
+    assert values["saturation"].isnan().all()
+    x[0, 0] = torch.nan
+    values, _ = read(model, x)
+    assert math.isnan(values["dead"])
+    assert values["dead_units"].isnan().all()
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)), Recurrent(nn.GRU)])

@@ -77,15 +77,26 @@ def test_dead_coordinates_are_left_out_and_counted() -> None:
     assert values["of_batch"] == pytest.approx(expected)
 
 
-def test_what_is_not_finite_is_not_pooled() -> None:
+@pytest.mark.parametrize("somewhere", [slice(None), 0], ids=["everywhere", "in one example"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_reads_nan_and_is_not_pooled(bad: float, somewhere: Any) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, state, _ = take(EarlyStopping(), mean_of(x))
+    x[somewhere, :2] = bad
+    values, after, _ = take(EarlyStopping(), mean_of(x), state=state)
+    assert np.isnan([values["of_batch"], values["silent"]]).all()
+    assert np.isnan([values["criterion"].value, values["corrected"].value]).all()
+    assert after["readings"] == state["readings"]
+
+
+def test_a_batch_without_variance_has_no_criterion_and_keeps_the_pooled_one() -> None:
     good = mean_of(torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    _, state, _ = take(EarlyStopping(), good)
-    for bad in (torch.nan, 2.0):  # nothing known, and nothing with variance
-        built = mean_of(torch.full((8, 6), bad, dtype=torch.float64))
-        values, after, _ = take(EarlyStopping(), built, state=state)
-        assert np.isnan(values["of_batch"])
-        assert values["silent"] == 1.0
-        assert after["readings"] == state["readings"]
+    before, state, _ = take(EarlyStopping(), good)
+    values, after, _ = take(EarlyStopping(), mean_of(torch.full((8, 6), 2.0, dtype=torch.float64)), state=state)
+    assert np.isnan(values["of_batch"])
+    assert values["silent"] == 1.0
+    assert values["criterion"].value == before["criterion"].value
+    assert after["readings"] == state["readings"]
 
 
 def test_three_examples_have_no_mean_to_correct() -> None:

@@ -145,15 +145,20 @@ def test_pure_noise_is_infinite_not_negative() -> None:
     assert np.isnan(values["norm_test"])
 
 
-def test_a_gradient_that_is_not_finite_does_not_enter_the_pool() -> None:
-    good, bad = torch.ones(4, 2, dtype=torch.float64), torch.full((4, 2), float("nan"), dtype=torch.float64)
+def test_a_gradient_that_is_not_finite_reads_nan_and_does_not_enter_the_pool() -> None:
+    good = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     _, state = read(good)
-    values, after = read(bad, state)
-    assert torch.equal(after["pairs"], state["pairs"])
-    assert np.isnan(values["trace_of_covariance"])
-    values, after = read(bad)
-    assert len(after["pairs"]) == 0
-    assert np.isnan(values["per_layer"]).all()
+    _, state = read(good + 1, state)
+    for known in (state, None):
+        bad, after = read(torch.full_like(good, float("nan")), known)
+        assert np.isnan([bad["noise_scale"].value, bad["at_least"], bad["at_most"]]).all()
+        assert np.isnan(bad["trace_of_covariance"])
+        assert np.isnan(bad["per_layer"]).all()
+        assert len(after["pairs"]) == (0 if known is None else 2)
+    _, undisturbed = read(good + 2, state)
+    values, after = read(good + 2, read(torch.full_like(good, float("nan")), state)[1])
+    assert torch.equal(after["pairs"], undisturbed["pairs"])
+    assert np.isfinite(values["noise_scale"].value)
 
 
 def test_a_model_that_has_grown_starts_a_new_pool() -> None:

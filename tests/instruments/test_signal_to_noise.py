@@ -88,6 +88,14 @@ def test_dead_coordinates_are_counted_and_left_out() -> None:
     assert np.isfinite(float(values["median"]))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_known(bad: float) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[2, :3] = bad
+    values = read(Mean(6), losses, x)
+    assert np.isnan([float(values["aggregate"].value), float(values["median"]), float(values["silent"])]).all()
+
+
 def test_one_example_has_no_variance() -> None:
     with pytest.raises(Refusal, match="at least 2 examples"):
         read(Mean(3), losses, torch.ones(1, 3, dtype=torch.float64))
