@@ -23,7 +23,8 @@ class LoopState:
     observed: bool = False
     stepping: optim.Optimizer | None = None  # whose step has begun and not ended
     hooked: bool = False  # the hooks of an optimizer have told of a step
-    replaced: bool = False  # and then of no more, while the parameters moved on
+    moved_without: int = 0  # times in a row that the parameters moved on without such a step since
+    replaced: bool = False  # whether that was too often
     skipping: bool = False
     compared: int = 0  # how often the gradient of the loss that was given was compared with `.grad`
     matched: bool = False  # the last time they were equal

@@ -151,7 +151,7 @@ class Observer:
         """Hook: an optimizer's step is done; the last of them closes the step."""
         self._end_update()
         loop = self.loop
-        loop.stepping, loop.hooked, loop.replaced = None, True, False
+        loop.stepping, loop.hooked, loop.replaced, loop.moved_without = None, True, False, 0
         if skipped_inside(optimizer):
             self._skipped_step()
             return
@@ -224,15 +224,22 @@ class Observer:
         past = self._watch.hooked and not loop.stepped and self._version() != loop.version
         if past and not loop.hooked:
             self._watch.close()  # the optimizer steps past its hooks: from here on its steps are noticed at observe
-        elif past and not loop.replaced:
-            self.event("optimizer_replaced", reason=REPLACED)
-            loop.replaced = True
-            if loop.pending is not None:
-                loop.pending[0].stale = REPLACED
+        elif past:
+            self._moved_without_a_step()
         if past or loop.stepped or not self._watch.hooked:
             self.close_step()
         else:
             self._skipped_step()
+
+    def _moved_without_a_step(self) -> None:
+        """Once it may be weights clamped after a skipped step; twice in a row, it is another optimizer that steps."""
+        loop = self.loop
+        loop.moved_without += 1
+        if loop.moved_without == 2:
+            loop.replaced = True
+            self.event("optimizer_replaced", reason=REPLACED)
+        if loop.replaced and loop.pending is not None:
+            loop.pending[0].stale = REPLACED
 
     def _skipped_step(self) -> None:
         if not self.loop.skipping:

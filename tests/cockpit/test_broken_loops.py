@@ -126,10 +126,10 @@ def swapped(lr: float, back_at: int) -> Cockpit:
 def test_an_optimizer_that_was_replaced_is_named_and_no_longer_read() -> None:
     cockpit = swapped(5.0, back_at=99)
     (event,) = events(cockpit, "optimizer_replaced")
-    assert event.step == 2
+    assert event.step == 3
     assert "another one has taken its place" in event.detail["reason"]
     for label in ("step/learning_rate", "curvature/preconditioned_sharpness"):
-        assert [r.step for r in readings(cockpit, label, "ok")] == [0, 1, 2]
+        assert [r.step for r in readings(cockpit, label, "ok")] == [0, 1, 2, 3]
         assert "another one has taken its place" in readings(cockpit, label, "failed")[0].reason
     for label in ("gradient/norm", "step/update_ratio"):
         assert [r.step for r in readings(cockpit, label, "ok")] == list(range(7))
@@ -137,7 +137,24 @@ def test_an_optimizer_that_was_replaced_is_named_and_no_longer_read() -> None:
 
 
 def test_an_optimizer_that_comes_back_is_read_again() -> None:
-    cockpit = swapped(0.1, back_at=4)
+    cockpit = swapped(0.1, back_at=5)
     assert len(events(cockpit, "optimizer_replaced")) == 1
-    assert [r.step for r in readings(cockpit, "step/learning_rate", "ok")] == [0, 1, 2, 5, 6]
+    assert [r.step for r in readings(cockpit, "step/learning_rate", "ok")] == [0, 1, 2, 3, 6]
     assert cockpit.step == 7
+
+
+def test_weights_that_are_clamped_after_a_skipped_step_are_no_other_optimizer() -> None:
+    training = Training(PLAIN)
+    cockpit = watch(training, panel=None, instruments={"step/learning_rate": 1, "gradient/norm": 1})
+    for step in range(6):
+        cockpit.observe(*training.backward(step))
+        if step in (2, 4):
+            for p in training.model.parameters():
+                p.grad = None
+                with torch.no_grad():
+                    p.clamp_(-0.1, 0.1)
+        else:
+            training.take_step()
+    cockpit.close()
+    assert not events(cockpit, "optimizer_replaced")
+    assert len(readings(cockpit, "step/learning_rate", "ok")) == 6
