@@ -1,5 +1,6 @@
 """What a `Cockpit` is given, looked at before anything is made of it: what was expected, what came, what to write."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +21,21 @@ def refuse_misuse(model: Any, target: Any, steps: Any, sinks: Any) -> None:
             f"expected target as at_least(metric, value) or at_most(metric, value), got {target!r}; "
             'write for example target=at_least("accuracy", 0.9).'
         )
-    if steps is not None and not (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1):
+    if steps is not None and not _counts(steps):
         raise ValueError(
             f"expected steps, the planned length of the run, as a whole number of at least 1, got {steps!r}; "
             "leave it out where nobody knows it."
         )
     if sinks is not None:
         _refuse_sinks(sinks)
+
+
+def _counts(number: Any) -> bool:
+    """Whether it is a whole number of at least 1, NumPy's included."""
+    try:
+        return operator.index(number) >= 1 and not isinstance(number, bool)
+    except TypeError:
+        return False
 
 
 def _refuse_sinks(sinks: Any) -> None:

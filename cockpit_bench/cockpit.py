@@ -13,6 +13,7 @@ Three promises: observation never changes training; an instrument never stops tr
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -45,6 +46,11 @@ from instruments.objective import Batch, Losses, as_objective
 from instruments.probe_settings import ProbeSettings
 from instruments.running import unwrapped
 from workloads.target import Target
+
+INHERITED = (
+    "this process was forked from the one that made the Cockpit, whose run it is: nothing is read or logged here. To "
+    "observe training in a child, make the Cockpit there."
+)
 
 
 class Cockpit:
@@ -114,6 +120,12 @@ class Cockpit:
         """Switched off, or inherited by a forked child, whose training is no part of the run."""
         return not self.enabled or self._recorder.inherited
 
+    def _leave(self) -> None:
+        """In a forked child: nothing of it is left in the child's forward passes, and a word is said once."""
+        if self.enabled and self._recorder.inherited:
+            self._observer.passes.disarm()
+            warnings.warn(INHERITED, RuntimeWarning, stacklevel=3)
+
     # What the user's loop calls.
 
     @property
@@ -128,6 +140,7 @@ class Cockpit:
         scaling); with `accumulate=k` every k calls are one step and their losses add up.
         """
         if self._away or self._closed:
+            self._leave()
             return
         with self.clock.bucket("observe"):
             try:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, optim
@@ -224,22 +223,26 @@ class Observer:
         past = self._watch.hooked and not loop.stepped and self._version() != loop.version
         if past and not loop.hooked:
             self._watch.close()  # the optimizer steps past its hooks: from here on its steps are noticed at observe
-        elif past:
-            self._moved_without_a_step()
+        elif past and not self._replaced():
+            past = False
         if past or loop.stepped or not self._watch.hooked:
             self.close_step()
         else:
             self._skipped_step()
 
-    def _moved_without_a_step(self) -> None:
-        """Once it may be weights clamped after a skipped step; twice in a row, it is another optimizer that steps."""
+    def _replaced(self) -> bool:
+        """Whether the parameters moved by the step of another optimizer. Once it may be weights that were clamped after
+        a skipped step, or put back; twice in a row it is."""
         loop = self.loop
         loop.moved_without += 1
-        if loop.moved_without == 2:
+        if loop.moved_without < 2:
+            return False
+        if not loop.replaced:
             loop.replaced = True
             self.event("optimizer_replaced", reason=REPLACED)
-        if loop.replaced and loop.pending is not None:
+        if loop.pending is not None:
             loop.pending[0].stale = REPLACED
+        return True
 
     def _skipped_step(self) -> None:
         if not self.loop.skipping:
@@ -263,7 +266,9 @@ class Observer:
         except Exception as error:  # the user's loss function may raise anything
             self.event("gradient_unchecked", reason=f"{type(error).__name__}: {error}")
             return
-        loop.gradient_factor, loop.matched = match.factor, match.verdict == "equal"
+        if not again:
+            loop.gradient_factor = match.factor
+        loop.matched = match.verdict == "equal" or (again and match.verdict == "explained")
         if match.verdict == "equal":
             return
         name = "gradient_mismatch" if match.verdict == "unexplained" else "gradient_note"
@@ -294,9 +299,9 @@ class Observer:
         """The loss, or None with an event when it is not one number."""
         if loss is None or (isinstance(loss, Tensor) and loss.numel() == 1):
             return loss
-        if isinstance(loss, Real):
+        if not isinstance(loss, Tensor) and hasattr(loss, "__float__") and getattr(loss, "ndim", 0) == 0:
             return float(loss)
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"an object of {type(loss).__name__}"
         message = f"expected the loss as one number, got {found}; it is recomputed instead"
         self.trouble(ValueError(message))
         return None

@@ -105,7 +105,7 @@ class Readout:
             self.budget.pay(station.label, seconds)
             station.expected_seconds = seconds if station.expected_seconds else seconds * WARM
             if error is not None:
-                self._failed(station, reading, error)
+                self._failed(station, reading, error, lasting=not probe.stale)
             else:
                 station.skipped = station.failures = 0
                 self._emit(reading)
@@ -172,11 +172,13 @@ class Readout:
             self._emit(Event(probe.step, self._clock.training, "probe_shrunk", detail))
         return result
 
-    def _failed(self, station: Station, reading: Reading, error: Exception) -> None:
+    def _failed(self, station: Station, reading: Reading, error: Exception, *, lasting: bool) -> None:
+        """Logged once a stretch; of lasting failures the last one retires the instrument."""
         if self._strict:
             raise error
-        station.failures += 1
-        if station.failures == 1:
+        first = station.failures == 0
+        station.failures += lasting or first
+        if first:
             station.skipped = 0
             self._emit(reading)
         if station.retired:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from instruments.probe import Probe
 
 EQUAL, SAME_DIRECTION = 1e-3, 0.999
+LEFT_OVER = 0.5  # of the gradient: what those of earlier steps, never zeroed, exceed
 UNDER_MASKS = 0.15  # of a factor, where two gradients have other random masks
 
 
@@ -33,7 +34,7 @@ class GradientMatch:
 
 
 def compare_gradient(probe: "Probe", accumulate: int, *, was_equal: bool = False) -> GradientMatch:
-    """Costs one gradient on the step's batch. `was_equal` says that they were at an earlier step: a longer or another
+    """Costs one gradient on the step's batch. `was_equal` says that they were at an earlier step: an altogether other
     `.grad` by now is one that was not zeroed in between.
 
     Different: random masks (cannot be compared), a constant factor (accumulation, loss scale, clipping before observe,
@@ -55,22 +56,27 @@ def compare_gradient(probe: "Probe", accumulate: int, *, was_equal: bool = False
     angle = math.sqrt(max(0.0, 2 - 2 * cosine))
     if cosine > SAME_DIRECTION and abs(ratio - 1) < EQUAL + angle:
         return GradientMatch("equal", cosine, ratio, "")
-    longer = cosine > SAME_DIRECTION and ratio > 1
-    factor = 1.0
     if random:
-        reason = "the forward draws random numbers (dropout): other masks"
-        if cosine > 0.5 and _added(ratio, accumulate, UNDER_MASKS):
-            reason, factor = f"{_sum_of(accumulate, ratio)} (compared under other random masks)", float(accumulate)
-    elif was_equal and longer:
-        reason = ""
+        reason, factor = _masked(cosine, ratio, accumulate)
+    elif was_equal and not (cosine > SAME_DIRECTION and ratio < 1):
+        reason, factor = _since(cosine, ratio), 1.0
     elif cosine > SAME_DIRECTION:
-        reason = _stretched(ratio, accumulate)
-        factor = float(accumulate) if _added(ratio, accumulate) else 1.0
+        reason, factor = _stretched(ratio, accumulate)
     else:
         reason, factor = _turned(probe, stored_D, recomputed_D, accumulate)
     if reason:
         return GradientMatch("explained", cosine, ratio, reason, factor)
     return GradientMatch("unexplained", cosine, ratio, _unexplained(cosine, ratio, was_equal))
+
+
+def _since(cosine: float, ratio: float) -> str:
+    """Why two that were equal no longer are, where gradients that were left in .grad are too little an explanation."""
+    if math.sqrt(max(0.0, 1 + ratio**2 - 2 * ratio * cosine)) > LEFT_OVER:
+        return ""
+    return (
+        f".grad was the gradient of the loss at an earlier step, and nearly is now (cosine {cosine:.4f}): half "
+        "precision, or a forward that carries something from pass to pass (spectral norm does)"
+    )
 
 
 def _unexplained(cosine: float, ratio: float, was_equal: bool) -> str:
@@ -83,7 +89,8 @@ def _unexplained(cosine: float, ratio: float, was_equal: bool) -> str:
     if was_equal:
         return (
             f"{found}as long), and it was at an earlier step: gradients of steps before are left in .grad, if "
-            f"optimizer.zero_grad() is not called once a step. Or {others}"
+            "optimizer.zero_grad() is not called once a step; several backward passes make one step, if "
+            f"accumulate=... was not told. Or {others}"
         )
     return f"{found}as long): {others}"
 
@@ -96,13 +103,21 @@ def _sum_of(accumulate: int, ratio: float) -> str:
     return f"the {accumulate} accumulated losses were added, not averaged: .grad is {ratio:.4g} times their mean"
 
 
-def _stretched(ratio: float, accumulate: int) -> str:
-    """Why .grad is longer or shorter."""
+def _masked(cosine: float, ratio: float, accumulate: int) -> tuple[str, float]:
+    """Under other random masks neither direction nor length is the same; that losses were added shows all the same."""
+    if cosine > 0.5 and _added(ratio, accumulate, UNDER_MASKS):
+        return f"{_sum_of(accumulate, ratio)} (compared under other random masks)", float(accumulate)
+    return "the forward draws random numbers (dropout): other masks", 1.0
+
+
+def _stretched(ratio: float, accumulate: int) -> tuple[str, float]:
+    """Why .grad is longer or shorter, and the factor of losses that were added."""
     if _added(ratio, accumulate):
-        return _sum_of(accumulate, ratio)
+        return _sum_of(accumulate, ratio), float(accumulate)
+    times = f".grad is {ratio:.4g} times the gradient of the loss"
     if ratio > 1:
-        return f".grad is {ratio:.4g} times the gradient of the loss: a loss scale (pass scaler=...) or a summed loss"
-    return f".grad is {ratio:.4g} times the gradient of the loss: clipped before observe(), or the loss was divided"
+        return f"{times}: a loss scale (pass scaler=...) or a summed loss", 1.0
+    return f"{times}: clipped before observe(), or the loss was divided", 1.0
 
 
 def _turned(probe: "Probe", stored_D: Tensor, recomputed_D: Tensor, accumulate: int) -> tuple[str, float]:

@@ -34,6 +34,7 @@ class PreconditionedSharpness(Instrument):
     an embedding never looked up, layers behind one that began at zero. The p of an Adam is nothing but eps there, which
     would make the curvature that an example of the probe batches finds in them look like an edge passed a hundred
     times. They are left out (D = 0) and counted in `unheard`; at the first gradient that reaches them they come back.
+    Coupled weight decay reaches all of them.
 
     `group_mass` is the share of the eigenvector's squared length in each group: d log rho / d log eta_k, that is, which
     group's learning rate to cut. `headroom` = 1/rho: the factor by which all rates could grow before the edge.
@@ -57,7 +58,7 @@ class PreconditionedSharpness(Instrument):
         "converged": Output("1", "1 when the residual met the tolerance, 0 when products ran out"),
         "headroom": Output("1", "1/rho: factor by which the learning rates could grow before the edge", edge=1.0),
         "group_mass": Output("1", "share of the eigenvector in each parameter group", "per-group"),
-        "unheard": Output("1", "share of coordinates left out: no gradient has reached them so far"),
+        "unheard": Output("1", "share of coordinates left out: their second moment is zero, without a gradient"),
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"hessian", "preconditioner"})
     reference: ClassVar[str] = (

@@ -4,7 +4,7 @@ Shapes: D = trainable scalars.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,8 @@ def read_preconditioner(optimizers: Sequence[Any], layout: Layout, grads: Sequen
     decays: list[Tensor | None] = [None] * len(layout.params)
     rotations: dict[int, Rotation] = {}
     group_of = [-1] * len(layout.params)
-    number, unheard = 0, torch.zeros((), device=layout.device)
+    unheard: dict[int, Tensor] = {}
+    number = 0
     for optimizer in optimizers:
         reader, states = reader_of(optimizer), getattr(optimizer, "state", {})
         for group in optimizer.param_groups:
@@ -75,26 +76,45 @@ def read_preconditioner(optimizers: Sequence[Any], layout: Layout, grads: Sequen
                 grad = None if i is None else grads[i]
                 if i is None or grad is None:
                     continue
-                scale = reader(group, states.get(p, {}), p, _dense(grad))
-                scales[i], rotation = _placed(scale, p, layout.names[i], layout.dtype)
-                if scale.second_moment is not None:
-                    unheard += (scale.second_moment == 0).sum().to(layout.device)
+                state, grad = states.get(p, {}), _dense(grad)
+                scale = reader(group, state, p, grad)
+                silent = _silent(scale, state, grad)
+                scales[i], rotation = _placed(scale, silent, p, layout.names[i], layout.dtype)
+                if silent is not None:
+                    unheard[i] = silent.sum().to(layout.device)
                 if rotation is not None:
                     rotations[i] = rotation
                 decays[i] = torch.as_tensor(scale.decay, dtype=layout.dtype, device=p.device).expand_as(p)
                 group_of[i] = number
             number += 1
     basis = Basis(tuple(p.numel() for p in layout.params), rotations)
-    share = unheard / layout.size
+    count = sum(unheard.values(), torch.zeros((), device=layout.device))
+    share = count / layout.size
     return Preconditioner(layout.join(scales), layout.join(decays), tuple(group_of), number, basis, share)
 
 
-def _placed(scale: Scale, p: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Rotation | None]:
-    """The step sizes in as many scalars as the parameter has, and the basis that they are in."""
+def _silent(scale: Scale, state: Mapping[str, Any], grad: Tensor) -> Tensor | None:
+    """Where the second moment is zero, and not because the square of a gradient is too small for half precision: then
+    neither the gradient nor its average is zero. None for an optimizer without such a moment."""
+    if scale.second_moment is None:
+        return None
+    silent = scale.second_moment == 0
+    if scale.basis is not None:
+        return silent
+    average = state.get("exp_avg")
+    silent = silent & (grad == 0)
+    return silent if average is None else silent & (average == 0)
+
+
+def _placed(
+    scale: Scale, silent: Tensor | None, p: Tensor, name: str, dtype: torch.dtype
+) -> tuple[Tensor, Rotation | None]:
+    """The step sizes in as many scalars as the parameter has, zero where they are silent, and the basis that they are
+    in."""
     step_size = torch.as_tensor(scale.step_size, dtype=dtype, device=p.device)
     step_size = step_size.expand_as(p) if scale.basis is None else step_size
-    if scale.second_moment is not None:
-        step_size = step_size.masked_fill(scale.second_moment == 0, 0.0)
+    if silent is not None:
+        step_size = step_size.masked_fill(silent, 0.0)
     if scale.basis is None:
         return step_size, None
     return step_size, Rotation.of(name, step_size, p.numel(), scale.basis)

@@ -245,7 +245,7 @@ def test_what_is_not_one_number_is_an_event_and_nothing_breaks() -> None:
     assert len(reasons) == 2
 
 
-@pytest.mark.parametrize("given", [0.3, np.float32(0.3), "0.3"])
+@pytest.mark.parametrize("given", [0.3, np.float32(0.3), np.array(0.3), "0.3", {"loss": 0.3}])
 def test_a_loss_is_a_number_of_any_kind_or_is_recomputed(given: Any) -> None:
     model, batch = problem()
     loss = F.cross_entropy(model(batch[0]), batch[1])
@@ -254,8 +254,11 @@ def test_a_loss_is_a_number_of_any_kind_or_is_recomputed(given: Any) -> None:
     cockpit = Cockpit(model, optimizer, loss=nn.CrossEntropyLoss(), instruments={"batch/loss": 1}, **QUIET)
     cockpit.observe(batch, given)
     reasons = [e.detail["reason"] for e in cockpit.records if isinstance(e, Event) and e.name == "observe_failed"]
-    if given == "0.3":
-        assert "expected the loss as one number, got '0.3'" in reasons[0]
+    if isinstance(given, str | dict):
+        cockpit.observe(batch, type(given)() if isinstance(given, str) else {"loss": 0.4})
+        reasons = [e.detail["reason"] for e in cockpit.records if isinstance(e, Event) and e.name == "observe_failed"]
+        assert len(reasons) == 1, "once, whatever the values"
+        assert f"expected the loss as one number, got an object of {type(given).__name__}" in reasons[0]
         assert cockpit.last["batch/loss"]["loss"] == pytest.approx(loss.item())
     else:
         assert not reasons

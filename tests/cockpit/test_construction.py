@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loop_cases import CASES, Case, Training, case_named, mlp, rows
@@ -51,6 +52,10 @@ def test_misuse_is_named_and_leaves_no_folder(tmp_path: Path, settings: dict[str
     assert not (tmp_path / "run").exists()
     assert state_of(training.model, training.optimizers) == before
     assert len(training.optimizers[0]._optimizer_step_pre_hooks) == 0
+
+
+def test_numbers_may_be_those_of_numpy() -> None:
+    watch(Training(PLAIN), steps=np.int64(10)).close()
 
 
 def test_parameters_in_place_of_the_model() -> None:

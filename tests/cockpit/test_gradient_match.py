@@ -169,6 +169,17 @@ def test_gradients_that_are_never_zeroed(others: bool, lr: float) -> None:
     assert not events(cockpit, "gradient_note")
 
 
+def test_a_forward_that_carries_something_along_is_not_taken_for_gradients_left_over() -> None:
+    """Spectral norm takes a step of its power iteration in each forward; at the first reading it has converged."""
+    torch.manual_seed(0)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
+    model = nn.Sequential(first, nn.Tanh(), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3)))
+    _, said = observed(trained_on(mean_loss), case=Case("spectral", lambda: model), steps=6)
+    assert "gradient_mismatch" not in said
+    for event in said.get("gradient_note", []):
+        assert "carries something from pass to pass" in event.detail["reason"]
+
+
 def test_what_is_clipped_only_later_is_noted() -> None:
     limits = iter([1e9, 1e-2, 1e-2])
 

@@ -50,6 +50,24 @@ def test_coordinates_without_a_gradient_are_left_out_until_there_is_one(make: An
     assert float(found.unheard) == 1 - sum(moved) / 4
 
 
+@pytest.mark.parametrize("make", ADAPTIVE[:5])
+def test_a_square_that_underflows_is_no_silence(make: Any) -> None:
+    """In float16 the square of 2e-4 is zero, and the optimizer moves the parameter all the same."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = make([p])
+    p.grad = torch.tensor([2e-4, 0.0, 1.0], dtype=torch.float16)
+    found = preconditioner(optimizer, p)
+    assert (found.scale_D > 0).tolist() == [True, False, True]
+    assert float(found.unheard) == pytest.approx(1 / 3)
+
+
+def test_a_parameter_of_two_optimizers_is_counted_once() -> None:
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.tensor([1.0, 0.0, 0.0, 3.0])
+    optimizers = [optim.Adam([p]), optim.Adam([p])]
+    assert float(read_preconditioner(optimizers, Layout(("p",), (p,)), [p.grad]).unheard) == 0.5
+
+
 def test_an_optimizer_that_divides_by_nothing_hears_all() -> None:
     p = nn.Parameter(torch.ones(4))
     p.grad = torch.tensor([1.0, 0.0, 0.0, 3.0])
