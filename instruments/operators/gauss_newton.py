@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from instruments.layout import Layout
 from instruments.objective import Call
@@ -43,6 +43,12 @@ ROUTES: dict[Products, str] = {
     "rebuilt": "Gauss-Newton, backward passes on a graph rebuilt for each product",
     "forward": "Gauss-Newton, forward mode and one backward pass for each product",
 }
+
+DIFFERENTIATES = (
+    "the loss differentiates what the model returns by its input (a gradient penalty, a physics-informed loss, score "
+    "matching), so it depends on more of the model than that and has no Gauss-Newton matrix; read the Hessian, "
+    'matrix="hessian".'
+)
 
 
 class GaussNewtonOperator(Operator):
@@ -110,7 +116,9 @@ class GaussNewtonOperator(Operator):
         with self._context(True), torch.enable_grad():
             cut = _Cut(self._module)
             loss = _split(piece, cut, self._layout)
-            return _Graph(Jacobian(cut.outputs, self._layout.params), loss)
+            graph = _Graph(Jacobian(cut.outputs, self._layout.params), loss)
+        self._refuse_more(piece, cut, loss)
+        return graph
 
     def _forward_product(self, piece: Evaluation, v: Sequence[Tensor]) -> "_Share":
         """One dual forward gives z, its graph and J v; one backward pass then J' H J v."""
@@ -118,7 +126,19 @@ class GaussNewtonOperator(Operator):
             dual = _Dual(self._module, self._layout, v)
             cut = _Cut(dual)
             loss = _split(piece, cut, self._layout)
-            return pullback(cut.outputs, self._layout.params, loss.product(dual.tangents)), loss.weight
+            share = pullback(cut.outputs, self._layout.params, loss.product(dual.tangents)), loss.weight
+        self._refuse_more(piece, cut, loss)
+        return share
+
+    def _refuse_more(self, piece: Evaluation, cut: "_Cut", loss: "_OutputLoss") -> None:
+        """Where the inputs ask for gradients the loss may contain those of the model, which the cut makes zero: then it
+        is another number with the model itself, under the same random numbers."""
+        if not cut.by_inputs:
+            return
+        with self._context(True), torch.enable_grad():
+            whole, _ = piece(self._module)
+        if not torch.allclose(whole.detach(), loss.total, rtol=1e-5, equal_nan=True):
+            raise Refusal(DIFFERENTIATES)
 
 
 _Share = tuple[Sequence[Tensor | None], Tensor | float]
@@ -133,9 +153,11 @@ class _Cut:
     outputs: list[Tensor] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     calls: int = 0
+    by_inputs: bool = False  # an input asks for a gradient
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
+        self.by_inputs |= any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
         return tree_map(self._copy, self.forward(*args, **kwargs))
 
     def _copy(self, leaf: Any) -> Any:
@@ -191,8 +213,9 @@ def _dual(p: Tensor, direction: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _OutputLoss:
-    """The loss as a function of the outputs: its gradient by them, which can be differentiated again."""
+    """The loss as a function of the outputs: its value, and its gradient by them, which can be differentiated again."""
 
+    total: Tensor
     leaves: Sequence[Tensor]
     grads: Sequence[Tensor | None]
     weight: Tensor | float
@@ -228,16 +251,13 @@ def _split(piece: Evaluation, cut: _Cut, layout: Layout) -> _OutputLoss:
     except RuntimeError as error:
         if "not have been used in the graph" not in str(error):
             raise
-        raise Refusal(
-            "the loss differentiates what the model returns by its input (a gradient penalty, a physics-informed loss, "
-            "score matching), so it depends on more of the model than that and has no Gauss-Newton matrix; read the "
-            'Hessian, matrix="hessian".'
-        ) from error
+        raise Refusal(DIFFERENTIATES) from error
     _refuse_bypass(total, layout)
     if cut.calls > 1:
         _refuse_chain(cut)
     ones = torch.ones_like(total)
-    return _OutputLoss(cut.leaves, pullback([total], cut.leaves, [ones], create_graph=True), weight)
+    grads = pullback([total], cut.leaves, [ones], create_graph=True)
+    return _OutputLoss(total.detach(), cut.leaves, grads, weight)
 
 
 def _refuse_bypass(total: Tensor, layout: Layout) -> None:

@@ -15,6 +15,7 @@ from instruments.batch.example_loss import ExampleLoss
 from instruments.curvature.tic import Tic
 from instruments.curvature.trace import CurvatureTrace
 from instruments.gradient.example_histogram import ExampleHistogram
+from instruments.held import HeldBatches
 from instruments.meter import Meter
 from instruments.network.activation_scale import ActivationScale
 from instruments.objective import as_objective
@@ -175,6 +176,37 @@ def test_there_is_no_gauss_newton_matrix_and_the_hessian_is_read(loss: Callable[
         take(instrument, built)
     values, _, _ = take(type(instrument)(matrix="hessian"), built)
     assert values
+
+
+def penalised_by_zeros(call: Any, batch: Any) -> Tensor:
+    """The same penalty, where what does not depend on the input has the gradient zero."""
+    x = batch[0].clone().requires_grad_()
+    slope = torch.autograd.grad(call(x).sum(), x, create_graph=True, materialize_grads=True)[0]
+    return call(batch[1])[:, 0].square() + slope.flatten(1).square().sum(1)
+
+
+def asked_for_nothing(call: Any, batch: Any) -> Tensor:
+    """Inputs that ask for gradients which nobody takes, as adversarial training leaves them."""
+    return call(batch[0].clone().requires_grad_())[:, 0].square()
+
+
+@pytest.mark.parametrize("keep_graphs", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("loss", "refused"), [(penalised_by_zeros, True), (asked_for_nothing, False)])
+def test_a_penalty_that_the_cut_would_make_zero_is_noticed(
+    loss: Callable[..., Tensor], refused: bool, dropout: float, keep_graphs: bool
+) -> None:
+    built, instrument = build(loss, dropout), CurvatureTrace(probes=4)
+    built.model.train(dropout > 0)
+    held = HeldBatches([built.batch])
+    held.keep_graphs = keep_graphs
+    with Probe(built.model, as_objective(loss), [], [built.batch], held=held) as probe:
+        view = View(probe, instrument.needs)
+        if refused:
+            with pytest.raises(Refusal, match=r'by its input .* read the Hessian, matrix="hessian"'):
+                instrument.advance(view, instrument.init())
+        else:
+            assert instrument.advance(view, instrument.init())
 
 
 class Forces(nn.Module):
