@@ -10,7 +10,7 @@ from cockpit_bench.sinks import Sink
 from workloads.target import Target
 
 
-def refuse_misuse(model: Any, target: Any, steps: Any, sinks: Any) -> None:
+def refuse_misuse(model: Any, target: Any, steps: Any, accumulate: Any, sinks: Any) -> None:
     """ValueError for what would fail later, or in words that say nothing of the cause."""
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -26,6 +26,8 @@ def refuse_misuse(model: Any, target: Any, steps: Any, sinks: Any) -> None:
             f"expected steps, the planned length of the run, as a whole number of at least 1, got {steps!r}; "
             "leave it out where nobody knows it."
         )
+    if not _counts(accumulate):
+        raise ValueError(f"expected accumulate (micro-batches of a step) to be a whole number >= 1, got {accumulate!r}")
     if sinks is not None:
         _refuse_sinks(sinks)
 

@@ -13,7 +13,6 @@ Three promises: observation never changes training; an instrument never stops tr
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -46,11 +45,6 @@ from instruments.objective import Batch, Losses, as_objective
 from instruments.probe_settings import ProbeSettings
 from instruments.running import unwrapped
 from workloads.target import Target
-
-INHERITED = (
-    "this process was forked from the one that made the Cockpit, whose run it is: nothing is read or logged here. To "
-    "observe training in a child, make the Cockpit there."
-)
 
 
 class Cockpit:
@@ -92,8 +86,7 @@ class Cockpit:
         if not self.enabled:
             self.clock = Clock()
             return
-        refuse_misuse(model, target, steps, sinks)
-        refuse_fractions(accumulate)
+        refuse_misuse(model, target, steps, accumulate, sinks)
         objective, optimizers = as_objective(loss), as_optimizers(optimizer)
         settings = settings or ProbeSettings()
         if parameters is not None:
@@ -124,7 +117,7 @@ class Cockpit:
         """In a forked child: nothing of it is left in the child's forward passes, and a word is said once."""
         if self.enabled and self._recorder.inherited:
             self._observer.passes.disarm()
-            warnings.warn(INHERITED, RuntimeWarning, stacklevel=3)
+            self._recorder.say_inherited()
 
     # What the user's loop calls.
 
@@ -300,12 +293,6 @@ class Cockpit:
         if getattr(self, "_closed", True) is False:
             with suppress(Exception):
                 self.close()
-
-
-def refuse_fractions(accumulate: Any) -> None:
-    """ValueError unless `accumulate` is a number of micro-batches."""
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"expected accumulate (micro-batches of a step) to be a whole number >= 1, got {accumulate!r}")
 
 
 def off() -> bool:

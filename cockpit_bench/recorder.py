@@ -15,6 +15,10 @@ from cockpit_bench.sinks import CallbackSink, ConsoleSink, Fanout, JsonlSink, Me
 from workloads.target import Target
 
 KEPT_IN_MEMORY = 10_000
+INHERITED = (
+    "this process was forked from the one that made the Cockpit, whose run it is: nothing is read or logged here. To "
+    "observe training in a child, make the Cockpit there."
+)
 
 
 class Recorder:
@@ -46,7 +50,7 @@ class Recorder:
         about = {**about, "process": asdict(process)}
         self.memory = MemorySink(KEPT_IN_MEMORY)
         self._clock, self._about, self._begun, self._closed = clock, about, False, False
-        self._process = os.getpid()
+        self._process, self._told = os.getpid(), False
         self.from_step = 0  # of the checkpoint that a resumed run goes on from
         self.folder = RunFolder.create(logdir, resume=resume) if logdir is not None else None
         self._resumed = self.folder is not None and self.folder.log_path.exists()
@@ -67,6 +71,12 @@ class Recorder:
     def inherited(self) -> bool:
         """Whether this process was forked from the one that opened the run, whose it remains."""
         return os.getpid() != self._process
+
+    def say_inherited(self) -> None:
+        """Once, on stderr: a warning could be turned into an exception by the user's filters."""
+        if not self._told:
+            self._told = True
+            print(f"cockpit: {INHERITED}", file=sys.stderr)
 
     def write(self, record: Record) -> None:
         """To every sink, in the log bucket. Never raises: a sink that fails is switched off with a message.

@@ -40,7 +40,9 @@ class PreconditionedOperator(Operator):
         if not pairs:
             return ()
         still_D = self._root_D == 0
-        outside_K = torch.stack([(self._basis.into(w_D) * still_D).any() for w_D, _ in pairs]).tolist()
+        outside_K = [False] * len(pairs)
+        if bool(still_D.any()):
+            outside_K = torch.stack([(self._basis.into(w_D) * still_D).any() for w_D, _ in pairs]).tolist()
         inverse_D = torch.where(still_D, 0.0, 1 / self._root_D)
         return [
             (self._basis.into(w_D) * inverse_D, self._image(w_D, hw_D))

@@ -105,6 +105,25 @@ def test_only_steps_with_a_reading_are_watched() -> None:
     assert len(hooks) == before
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_forked_child_is_left_without_hooks_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    training = Training(Case("plain", mlp, adam))
+    hooks = nn.modules.module._global_forward_hooks
+    before = len(hooks)
+    cockpit = watch(training, panel=None, instruments={"gradient/coherence": 1})
+    cockpit.observe(*training.backward(0))
+    training.take_step()
+    assert len(hooks) == before + 1
+    parent = cockpit._recorder._process
+    cockpit._recorder._process = -1  # as the child of a fork finds it
+    for step in (1, 2):
+        cockpit.observe(*training.backward(step))
+    assert len(hooks) == before
+    assert capsys.readouterr().err.count("forked from the one that made the Cockpit") == 1
+    cockpit._recorder._process = parent
+    cockpit.close()
+
+
 def test_another_batch_than_the_one_trained_is_not_watched() -> None:
     training = Training(Case("plain", mlp, adam))
     cockpit = watch(training, panel=None, instruments={"gradient/coherence": 1})
